@@ -1,0 +1,34 @@
+"""Ratios of our cost to a floor, both timed in turn in one process.
+
+Each benchmark prints one line ``NAME ratio=R goal=G``, the median over interleaved repetitions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def median_ratio(ours: Callable[[], object], floor: Callable[[], object], repeats: int, warmup: int = 2) -> float:
+    """Median of ours / floor, pair by pair, so that drift of the machine's speed cancels."""
+    for _ in range(warmup):
+        ours()
+        floor()
+    ratios = []
+    for repeat in range(repeats):
+        # Alternate who goes first: the second of a pair finds warmer caches.
+        first, second = (ours, floor) if repeat % 2 else (floor, ours)
+        seconds = {first: _seconds(first), second: _seconds(second)}
+        ratios.append(seconds[ours] / seconds[floor])
+    return statistics.median(ratios)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def report(name: str, ratio: float, goal: float) -> None:
+    print(f"{name} ratio={ratio:.3f} goal={goal:.2f}", flush=True)

@@ -1,0 +1,32 @@
+"""HFCheckpoint: a Hugging Face folder of the model, written while and after a fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from lightning_moe.moe.checkpoints import save_model
+
+
+class HFCheckpoint(Callback):
+    """Export the Hugging Face model inside any LightningModule when a fit ends.
+
+    Args:
+        folder: Where to write; replaced as a whole by each export.
+        tokenizer: Folder or hub id whose tokenizer travels along.
+        dtype: Of the saved weights, such as ``bfloat16``; null keeps that of training.
+    """
+
+    def __init__(self, folder: str, tokenizer: str | None = None, dtype: str | None = None) -> None:
+        self.folder, self.tokenizer, self.dtype = folder, tokenizer, dtype
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = next((m for m in pl_module.modules() if isinstance(m, PreTrainedModel)), None)
+        if model is None:
+            raise TypeError(f"HFCheckpoint: {type(pl_module).__name__} holds no Hugging Face model.")
+        if trainer.is_global_zero:
+            save_model(model, Path(self.folder), self.tokenizer, self.dtype)

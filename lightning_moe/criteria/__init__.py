@@ -1,0 +1,1 @@
+"""Importance criteria: pure functions from statistics to scores, in one registry."""

@@ -1,0 +1,1 @@
+"""Text in, packed token windows out, the same on every rank and after every restart."""

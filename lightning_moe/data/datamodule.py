@@ -1,0 +1,140 @@
+"""Text as a LightningDataModule: any folder, file or dataset, tokenized, packed, split over ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_moe.data.loading import RankBatches, ResumableLoader
+from lightning_moe.data.packing import PackedText, pack
+from lightning_moe.data.text import read_domains
+from lightning_moe.errors import InputError
+
+DEFAULT_SEQ_LEN = 2048
+SHORTEST_SEQ_LEN = 2
+
+
+class TextDataModule(LightningDataModule):
+    """Packed windows of text for training, calibration and evaluation.
+
+    Args:
+        path: A ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, or the name of a dataset.
+        val_path: Text for validation during ``fit``; the same kinds as ``path``.
+        tokenizer: Folder or hub id of the tokenizer. Default: the model's own.
+        seq_len: Tokens per window. Default: 2048, or the model's maximum if that is less.
+        samples: Windows to take, spread evenly over all files and their whole length; null takes everything.
+        batch_size: Windows per batch and rank.
+        subset: Configuration name, when ``path`` is a dataset (C4: ``en``).
+        split: Split, when ``path`` is a dataset.
+        shuffle_seed: Seed of the order of training windows.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        val_path: str | None = None,
+        tokenizer: str | None = None,
+        seq_len: int | None = None,
+        samples: int | None = 256,
+        batch_size: int = 8,
+        subset: str | None = None,
+        split: str = "validation",
+        shuffle_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("seq_len", seq_len, SHORTEST_SEQ_LEN),
+            ("samples", samples, 1),
+            ("batch_size", batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"--data.{name} {value}: at least {least} is needed.")
+        self.path, self.val_path, self.tokenizer = path, val_path, tokenizer
+        self.seq_len, self.samples, self.batch_size = seq_len, samples, batch_size
+        self.subset, self.split, self.shuffle_seed = subset, split, shuffle_seed
+        self._packed: dict[str, PackedText] = {}
+
+    @property
+    def text(self) -> PackedText:
+        """The windows of ``path``."""
+        return self._windows(self.path)
+
+    def _windows(self, path: str | None) -> PackedText:
+        if path is None:
+            raise InputError("no text: give --data.path a file, a folder or the name of a dataset.")
+        if path not in self._packed:
+            tokenizer = load_tokenizer(self.tokenizer)
+            seq_len = self.seq_len or default_seq_len(str(self.tokenizer))
+            domains = list(read_domains(path, subset=self.subset, split=self.split))
+            try:
+                self._packed[path] = pack(domains, tokenizer, seq_len, self.samples)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+        return self._packed[path]
+
+    def _loader(self, text: PackedText, *, train: bool) -> ResumableLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = RankBatches(
+            len(text),
+            self.batch_size,
+            rank,
+            world_size,
+            shuffle=train,
+            seed=self.shuffle_seed,
+            drop_last=train,
+        )
+        if len(batches) == 0:
+            raise InputError(
+                f"{self.path}: {len(text)} windows of text, but one training step takes {self.batch_size} on "
+                f"each of {world_size} ranks. Lower --data.batch_size or give more text."
+            )
+        return ResumableLoader(text, batches)
+
+    def setup(self, stage: str) -> None:
+        """Read and pack, so that bad text is refused before anything else starts."""
+        self._windows(self.path)
+        if stage == "fit" and self.val_path is not None:
+            self._windows(self.val_path)
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(self.text, train=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and self.val_path is None:
+            return []
+        return self._loader(self._windows(self.val_path) if fitting else self.text, train=False)
+
+    def test_dataloader(self) -> ResumableLoader:
+        return self._loader(self.text, train=False)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        return self._loader(self.text, train=False)
+
+
+def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, or raise ``InputError`` with the reason and the remedy."""
+    if path is None:
+        raise InputError("no tokenizer: give --data.tokenizer a folder or hub id.")
+    try:
+        return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: no tokenizer found there; give --data.tokenizer the folder or hub id of one."
+        ) from error
+
+
+def default_seq_len(path: str) -> int:
+    """min(2048, the model's maximum), read from the config beside the tokenizer, else from the tokenizer."""
+    limit: int | None = None
+    if (Path(path) / "config.json").is_file():
+        limit = json.loads((Path(path) / "config.json").read_text()).get("max_position_embeddings")
+    elif not Path(path).exists():
+        limit = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    if limit is None:
+        limit = load_tokenizer(path).model_max_length
+    return min(DEFAULT_SEQ_LEN, limit)

@@ -1,0 +1,8 @@
+"""The one exception that means: the caller's input is wrong, and this line says how to mend it."""
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: what is wrong, the numbers, the remedy.
+
+    The commands print it on stderr and leave with exit code 2; anything else is a defect and keeps its traceback.
+    """

@@ -1,0 +1,51 @@
+"""Writing so that nothing is ever half there: write beside, then rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Give a path beside ``target`` to write to; it takes the target's place when the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``target`` to fill; it takes the target's place when the block succeeds.
+
+    A kill between the two renames leaves no target but the complete old one beside it, named ``.NAME.old``;
+    the next call removes it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        if target.exists():
+            target.rename(old)
+        beside.rename(target)
+    finally:
+        for leftover in (beside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON with the same bytes for the same value."""
+    with replaced_file(target) as file:
+        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

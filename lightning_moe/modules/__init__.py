@@ -1,0 +1,1 @@
+"""LightningModules around Hugging Face MoE models."""

@@ -1,0 +1,208 @@
+"""MoECausalLM: any Hugging Face MoE as a LightningModule for fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_moe.errors import InputError
+from lightning_moe.modules.load_balance import load_balance_loss
+from lightning_moe.moe.checkpoints import load_model
+from lightning_moe.moe.layers import MoELayer, find_moe_layers
+from lightning_moe.moe.routing import Routing, record_routing
+
+Batch = dict[str, Tensor]
+
+
+class MoECausalLM(LightningModule):
+    """Next-token training and evaluation of a Mixture-of-Experts language model.
+
+    Args:
+        path: Folder or hub id of a pretrained model.
+        config: Settings of a new model with random weights (``model_type`` and what its config takes), when there
+            is no ``path``.
+        dtype: Of the weights: ``auto`` keeps what the checkpoint has.
+        lr: Highest learning rate.
+        min_lr_ratio: What the cosine ends at, as a fraction of ``lr``.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: On matrices; norms, biases and embeddings are not decayed.
+        betas: Of AdamW.
+        load_balance: Weight of the load-balance loss; 0 turns it off.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        config: dict[str, Any] | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        lr: float = 1e-4,
+        min_lr_ratio: float = 0.1,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        load_balance: float = 0.01,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path, self.config, self.dtype_name = path, config, dtype
+        self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
+        self.weight_decay, self.betas = weight_decay, betas
+        self.load_balance, self.gradient_checkpointing = load_balance, gradient_checkpointing
+        self.model: PreTrainedModel | None = None
+        self.moe_layers: list[MoELayer] = []
+        self._domain_loss: dict[int, tuple[SumMetric, SumMetric]] = {}
+
+    def configure_model(self) -> None:
+        """Make or load the model, once."""
+        if self.model is not None:
+            return
+        if self.path is not None:
+            self.model = load_model(self.path, dtype=self.dtype_name)
+        elif self.config is not None:
+            settings = dict(self.config)
+            dtype = torch.float32 if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
+            model_type = settings.pop("model_type", None)
+            if model_type is None:
+                raise InputError("--model.config: no `model_type` in it.")
+            config = AutoConfig.for_model(model_type, **settings)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            raise InputError("no model: give --model.path a folder or hub id, or --model.config the settings of a new one.")
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.moe_layers = find_moe_layers(self.model)
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The model; an error in our own order of calls if it is not made yet."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits, ``(B, S, V)``."""
+        logits: Tensor = self.network(
+            input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False
+        ).logits
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        routings: list[Routing] = []
+        watch = (
+            record_routing(self.moe_layers, lambda layer, routing: routings.append(routing))
+            if self.load_balance
+            else nullcontext()
+        )
+        with watch:
+            logits = self(batch)
+        loss_B, count_B = next_token_loss(logits, batch)
+        loss = loss_B.sum() / count_B.sum().clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True)
+        if routings:
+            balance = load_balance_loss(routings, batch["attention_mask"].flatten())
+            self.log("train/load_balance", balance)
+            loss = loss + self.load_balance * balance
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sum the loss of each domain, in float64, to be divided once at the end."""
+        loss_B, count_B = next_token_loss(self(batch), batch)
+        for domain in batch["domain"].unique().tolist():
+            chosen_B = batch["domain"] == domain
+            loss, count = self._domain_sums(domain)
+            loss.update(loss_B[chosen_B].double().sum())
+            count.update(count_B[chosen_B].double().sum())
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Run the decoder alone: what observing experts needs, without the cost of the vocabulary."""
+        self.network.base_model(
+            input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False
+        )
+
+    def _domain_sums(self, domain: int) -> tuple[SumMetric, SumMetric]:
+        if domain not in self._domain_loss:
+            sums = SumMetric().double().to(self.device), SumMetric().double().to(self.device)
+            self._domain_loss[domain] = sums
+        return self._domain_loss[domain]
+
+    def on_validation_epoch_end(self) -> None:
+        domains = self._domains()
+        for index in range(len(domains)):  # the same order on every rank, also for a domain this one never saw
+            self._domain_sums(index)
+        sums = {index: (float(loss.compute()), float(count.compute())) for index, (loss, count) in sorted(self._domain_loss.items())}
+        self._domain_loss.clear()
+        prefix = "val" if self.trainer.state.fn == "fit" else str(self.trainer.state.fn)
+        total, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
+        for index, (loss, count) in sums.items():
+            self.log(f"{prefix}/perplexity/{domains[index]}", _perplexity(loss, count), rank_zero_only=True)
+        self.log(f"{prefix}/loss", total / max(tokens, 1), rank_zero_only=True)
+        self.log(f"{prefix}/perplexity", _perplexity(total, tokens), prog_bar=True, rank_zero_only=True)
+        self.log(f"{prefix}/tokens", float(tokens), rank_zero_only=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def _domains(self) -> tuple[str, ...]:
+        loaders = self.trainer.val_dataloaders if self.trainer.state.fn in ("fit", "validate") else self.trainer.test_dataloaders
+        domains: tuple[str, ...] | None = getattr(getattr(loaders, "dataset", None), "domains", None)
+        return domains or tuple(str(index) for index in sorted(self._domain_loss))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with decay on matrices only; linear warm-up, then a cosine down to ``min_lr_ratio``."""
+        embeddings = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.dim() >= 2 and id(p) not in embeddings]
+        plain = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=self.betas,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """The fraction of ``lr`` used at ``step`` of ``total``."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy and number of predicted tokens of each row of the batch: two ``(B,)`` tensors.
+
+    A position counts when both it and its target are real tokens.
+    """
+    counted = batch["attention_mask"][:, 1:].bool()
+    target = batch["input_ids"][:, 1:].masked_fill(~counted, -100)
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="none", ignore_index=-100
+    )
+    return loss.view_as(target).sum(-1), counted.sum(-1)
+
+
+def _padding_mask(batch: Batch) -> Tensor | None:
+    """The attention mask, or None when nothing is padded: attention without a mask is faster.
+
+    A fully blank window has no token to attend to; it is run unmasked, and its rows count nowhere.
+    """
+    mask = batch["attention_mask"]
+    if bool(mask.all()):
+        return None
+    return torch.where(mask.any(-1, keepdim=True), mask, torch.ones_like(mask))
+
+
+def _perplexity(loss: float, tokens: float) -> float:
+    return math.exp(min(loss / tokens, 700.0)) if tokens else float("nan")

@@ -1,0 +1,110 @@
+"""Watching routers, and masking experts out of them."""
+
+# T tokens, K experts per token, E experts
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_moe.moe.layers import MoELayer
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one router decided in one forward."""
+
+    logits_TE: Tensor
+    weights_TK: Tensor
+    expert_ids_TK: Tensor
+
+
+def read_routing(output: Any, num_experts: int) -> Routing:
+    """Sort a router's output, a tuple of logits, weights and ids in any order, by shape and type."""
+    ids = next(tensor for tensor in output if not torch.is_floating_point(tensor))
+    floats = [tensor for tensor in output if torch.is_floating_point(tensor)]
+    logits = next(tensor for tensor in floats if tensor.shape[-1] == num_experts)
+    weights = next(tensor for tensor in floats if tensor is not logits)
+    rows = ids.shape[-1]
+    return Routing(logits.reshape(-1, num_experts), weights.reshape(-1, rows), ids.reshape(-1, rows))
+
+
+@contextmanager
+def record_routing(
+    layers: Iterable[MoELayer], record: Callable[[MoELayer, Routing], None]
+) -> Iterator[None]:
+    """Call ``record`` with every routing decision made inside the context."""
+
+    def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, inputs, output: record(layer, read_routing(output, layer.num_experts))
+
+    handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _MaskedLogits(TorchFunctionMode):
+    """Sets the logits of dropped experts to -inf where the router's linear map makes them.
+
+    Every family computes its logits by ``linear`` inside the router's forward and goes on from there in its own
+    way (softmax, sigmoid, groups, bias); only at that place is one mask right for all of them.
+    """
+
+    def __init__(self, dropped_E: Tensor) -> None:
+        super().__init__()
+        self.dropped_E = dropped_E
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and result.shape[-1] == self.dropped_E.shape[0]:
+            result = result.masked_fill(self.dropped_E.to(result.device), float("-inf"))
+        return result
+
+
+@contextmanager
+def mask_experts(layer: MoELayer, keep: Sequence[int]) -> Iterator[None]:
+    """Route as if only the experts in ``keep`` existed: the logical form of a plan; no weight changes.
+
+    The router's logits of all others are -inf; where selection adds a correction bias after a sigmoid or softmax,
+    that bias is -inf too, since such a score of 0 could still win.
+    """
+    dropped_E = torch.ones(layer.num_experts, dtype=torch.bool)
+    dropped_E[list(keep)] = False
+    biases = [
+        tensor
+        for owner, name, tensor, _ in layer.per_expert_tensors()
+        if owner is not layer.experts and "correction_bias" in name
+    ]
+    saved = [bias.detach().clone() for bias in biases]
+    forward = layer.router.forward
+
+    def masked_forward(*args: Any, **kwargs: Any) -> Any:
+        with _MaskedLogits(dropped_E):
+            return forward(*args, **kwargs)
+
+    with torch.no_grad():
+        for bias in biases:
+            bias[..., dropped_E.to(bias.device)] = float("-inf")
+    layer.router.forward = masked_forward
+    try:
+        yield
+    finally:
+        del layer.router.forward  # the instance attribute; the class's own forward is back
+        with torch.no_grad():
+            for bias, value in zip(biases, saved, strict=True):
+                bias.copy_(value)

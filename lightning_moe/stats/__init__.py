@@ -1,0 +1,1 @@
+"""Streaming sums over calibration tokens, per layer and expert, and their store."""

@@ -1,0 +1,105 @@
+"""ExpertStats: one layer's sums over tokens, as a torchmetric."""
+
+# T tokens, K experts per token, N assignments sorted by expert, E experts, H model width, V vocabulary, R rows
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_moe.moe.experts import Assignments
+from lightning_moe.moe.routing import Routing
+
+BLOCK_ROWS = 512
+"""Rows of outputs summed at once: small enough to stay in a core's cache over the passes."""
+
+OUTLIER_STDS = 3.0
+"""Entries further than this many standard deviations are outliers (MC-Suite, EAO)."""
+
+
+class ExpertStats(Metric):
+    """All that the inference and activation criteria need of one MoE layer, from one pass.
+
+    Every state is a float64 sum over tokens (or, for the sets of token ids, a boolean "or"), so shards, ranks and
+    resumed passes add up to one pass. ``compute`` returns the states by name; see ``LayerStats`` for each.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_experts: int, hidden_size: int, vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        shapes = {
+            "tokens": (),
+            "count_E": (num_experts,),
+            "probability_E": (num_experts,),
+            "soft_count_E": (num_experts,),
+            "together_EE": (num_experts, num_experts),
+            "norm_E": (num_experts,),
+            "norm_sq_E": (num_experts,),
+            "gated_norm_E": (num_experts,),
+            "outliers_E": (num_experts,),
+            "output_sum_EH": (num_experts, hidden_size),
+            "output_sq_EH": (num_experts, hidden_size),
+            "unit_sum_EH": (num_experts, hidden_size),
+        }
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("seen_EV", torch.zeros(num_experts, vocab_size, dtype=torch.bool), dist_reduce_fx="max")
+        self.names = (*shapes, "seen_EV")
+
+    def update(self, routing: Routing, assignments: Assignments, input_ids_T: Tensor, mask_T: Tensor) -> None:
+        """Add one forward; ``mask_T`` is False at padding."""
+        if not bool(mask_T.any()):
+            return
+        self._add_routing(routing, input_ids_T, mask_T)
+        weights_TK = routing.weights_TK.float()
+        total_T = weights_TK.sum(-1)
+        share_N = assignments.weight_N.float() / total_T[assignments.token_N]
+        outputs_NH, count_E = assignments.outputs_NH, assignments.count_E
+        if not bool(mask_T.all()):
+            real_N = mask_T[assignments.token_N]
+            expert_N = torch.arange(count_E.shape[0], device=count_E.device).repeat_interleave(count_E)[real_N]
+            outputs_NH, share_N = outputs_NH[real_N], share_N[real_N]
+            count_E = torch.bincount(expert_N, minlength=count_E.shape[0])
+        start = 0
+        for expert, count in enumerate(count_E.tolist()):
+            for first in range(start, start + count, BLOCK_ROWS):
+                rows = slice(first, min(first + BLOCK_ROWS, start + count))
+                self._add_outputs(expert, outputs_NH[rows].float(), share_N[rows])
+            start += count
+
+    def _add_routing(self, routing: Routing, input_ids_T: Tensor, mask_T: Tensor) -> None:
+        expert_ids_TK, ids_T = routing.expert_ids_TK[mask_T], input_ids_T[mask_T]
+        probability_TE = routing.logits_TE[mask_T].float().softmax(-1)
+        chosen_TE = torch.zeros_like(probability_TE).scatter_(1, expert_ids_TK, 1.0)
+        self.tokens += ids_T.shape[0]
+        self.count_E += chosen_TE.sum(0)
+        self.probability_E += probability_TE.sum(0)
+        self.soft_count_E += (probability_TE * chosen_TE).sum(0)
+        self.together_EE += chosen_TE.T @ chosen_TE
+        self.seen_EV[expert_ids_TK, ids_T.unsqueeze(-1)] = True
+
+    def _add_outputs(self, expert: int, outputs_RH: Tensor, share_R: Tensor) -> None:
+        """Add one expert's rows. Sums over rows and over width are products with vectors: one pass each."""
+        width = outputs_RH.shape[1]
+        square_RH = outputs_RH.square()
+        ones_H, ones_R = outputs_RH.new_ones(width), outputs_RH.new_ones(outputs_RH.shape[0])
+        norm_sq_R = square_RH @ ones_H
+        norm_R = norm_sq_R.sqrt()
+        self.norm_E[expert] += norm_R.sum(dtype=torch.float64)
+        self.norm_sq_E[expert] += norm_sq_R.sum(dtype=torch.float64)
+        self.gated_norm_E[expert] += (norm_R * share_R).sum(dtype=torch.float64)
+        self.output_sq_EH[expert] += ones_R @ square_RH
+        sums_2H = torch.stack([ones_R, 1 / norm_R.clamp(min=torch.finfo(torch.float32).tiny)]) @ outputs_RH
+        self.output_sum_EH[expert] += sums_2H[0]
+        self.unit_sum_EH[expert] += sums_2H[1]
+        mean_R = (outputs_RH @ ones_H) / width
+        limit_R = OUTLIER_STDS * (norm_sq_R / width - mean_R.square()).clamp(min=0).sqrt()
+        deviation_RH = torch.sub(outputs_RH, mean_R[:, None], out=square_RH).abs_()
+        self.outliers_E[expert] += (deviation_RH > limit_R[:, None]).count_nonzero()
+
+    def compute(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names}

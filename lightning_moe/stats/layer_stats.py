@@ -1,0 +1,68 @@
+"""LayerStats: everything the criteria know of one MoE layer."""
+
+# E experts, H model width, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Sums over calibration tokens and figures of the weights, of one layer.
+
+    Float64 but for the token sets. A sum "over routed tokens" of expert ``i`` runs over the tokens the router
+    gave to ``i``; padding never counts. ``f`` is an expert's output before its routing weight.
+    """
+
+    name: str
+    """Path of the MoE block in the model."""
+    top_k: int
+    num_groups: int
+    topk_group: int
+
+    tokens: Tensor
+    """Tokens seen, a scalar."""
+    count_E: Tensor
+    """Routed tokens."""
+    probability_E: Tensor
+    """Full softmax probability, over all tokens."""
+    soft_count_E: Tensor
+    """Full softmax probability, over routed tokens."""
+    together_EE: Tensor
+    """Tokens that two experts share; the diagonal is ``count_E``."""
+    seen_EV: Tensor
+    """Whether an expert ever got a token id, bool."""
+    norm_E: Tensor
+    """``||f||`` over routed tokens."""
+    norm_sq_E: Tensor
+    """``||f||^2`` over routed tokens."""
+    gated_norm_E: Tensor
+    """``w ||f||`` over routed tokens, ``w`` renormalised over the token's experts."""
+    outliers_E: Tensor
+    """Entries of ``f`` further than 3 std from their mean, over the width of each output."""
+    output_sum_EH: Tensor
+    """``f`` over routed tokens."""
+    output_sq_EH: Tensor
+    """``f^2``, entry by entry."""
+    unit_sum_EH: Tensor
+    """``f / ||f||``."""
+
+    router_norm_E: Tensor
+    """L2 norm of the router's row."""
+    weight_norm_E: Tensor
+    """L2 norm of all weights of the expert."""
+    weight_cosine_EE: Tensor
+    """Cosine between the flattened weights of two experts."""
+    stable_rank_E: Tensor
+    """``sum sigma^2 / sigma_max^2``, mean over the expert's matrices."""
+
+    @property
+    def num_experts(self) -> int:
+        return self.count_E.shape[0]
+
+
+TENSORS = tuple(field.name for field in fields(LayerStats) if field.type == "Tensor")
+"""The names of the tensors of ``LayerStats``."""

@@ -1,0 +1,79 @@
+"""Observation: attach the statistics of all layers to a model that is running anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_moe.moe.experts import Assignments, ExpertHooks, expert_hooks
+from lightning_moe.moe.layers import MoELayer, find_moe_layers
+from lightning_moe.moe.routing import Routing, record_routing
+from lightning_moe.stats.expert_stats import ExpertStats
+from lightning_moe.stats.layer_stats import LayerStats
+from lightning_moe.stats.weights import weight_stats
+
+
+class Observation(nn.Module):
+    """The running statistics of every MoE layer of a model.
+
+    Say which tokens come next with ``next_batch``, then run the model inside ``attached()``; ``compute`` gives a
+    ``LayerStats`` per layer, summed over ranks.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.layers = find_moe_layers(model)
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        hidden_size = model.get_input_embeddings().weight.shape[1]
+        self.stats = nn.ModuleList(
+            ExpertStats(layer.num_experts, hidden_size, vocab_size) for layer in self.layers
+        )
+        self._ids_T = self._mask_T = torch.empty(0)
+
+    def next_batch(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Name the tokens of the coming forward; those whose mask is 0 are not counted."""
+        self._ids_T = input_ids.flatten()
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._mask_T = mask.flatten().bool()
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
+        routings: dict[str, Routing] = {}
+
+        def observer(layer: MoELayer, stats: ExpertStats) -> Callable[[Assignments], None]:
+            def observe(assignments: Assignments) -> None:
+                with torch.no_grad():
+                    stats.update(routings.pop(layer.name), assignments, self._ids_T, self._mask_T)
+
+            return observe
+
+        hooks = {
+            layer.name: ExpertHooks(observe=observer(layer, stats))  # type: ignore[arg-type]
+            for layer, stats in zip(self.layers, self.stats, strict=True)
+        }
+        with (
+            record_routing(self.layers, lambda layer, routing: routings.update({layer.name: routing})),
+            expert_hooks(model, self.layers, hooks),
+        ):
+            yield
+
+    def compute(self) -> list[LayerStats]:
+        """All layers' statistics, on the CPU; every rank must call it."""
+        result = []
+        for layer, stats in zip(self.layers, self.stats, strict=True):
+            sums: dict[str, Tensor] = {name: value.cpu() for name, value in stats.compute().items()}  # type: ignore[operator]
+            result.append(
+                LayerStats(
+                    name=layer.name,
+                    top_k=layer.top_k,
+                    num_groups=layer.num_groups,
+                    topk_group=layer.topk_group,
+                    **sums,
+                    **weight_stats(layer),
+                )
+            )
+        return result
