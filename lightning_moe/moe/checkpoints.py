@@ -1,44 +1,195 @@
-"""Loading and saving: the only code that knows how a model lies on disk."""
+"""Loading and saving models: folders or hub ids in, Hugging Face folders out."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_folder
+from lightning_moe.moe import non_uniform
+from lightning_moe.moe.deepseek_v1 import is_deepseek_v1
+from lightning_moe.moe.layers import LayerShape, find_moe_layers
+from lightning_moe.moe.non_uniform import resize_moe_layers
+
+MODELLING_FILE = "modeling_non_uniform_moe.py"
+"""The name under which the code of a non-uniform model lies beside its weights."""
+
+SAMPLE_BYTES = 1 << 16
+"""Bytes read at each of a few places of every weight file, to tell two checkpoints of one size apart."""
 
 
-def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
-    """Load a causal language model from a folder or hub id.
+def register_non_uniform() -> None:
+    """Let stock classes load non-uniform checkpoints in this process; done when lightning_moe is imported.
 
-    Raises ``InputError`` when the place does not exist or holds no model that transformers knows.
+    Every model of transformers ends its construction with ``post_init``; there, before weights are loaded, layers
+    take the count that the config names. Models whose config names none are not touched.
     """
+    stock = PreTrainedModel.post_init
+    if hasattr(stock, "resizes_moe_layers"):
+        return
+
+    @wraps(stock)
+    def post_init(self: PreTrainedModel) -> None:
+        resize_moe_layers(self)
+        stock(self)
+
+    post_init.resizes_moe_layers = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+
+
+def resolve(path: str) -> Path:
+    """The local folder of a model: ``path`` itself, or the snapshot of a hub id. Raises ``InputError``."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--model.path {path}: no config.json in it, so this is no model folder.")
+        return folder
+    if folder.exists():
+        raise InputError(f"--model.path {path}: a file; give the folder that holds config.json.")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise InputError(f"--model.path {path}: no such folder.")
     try:
-        config = AutoConfig.from_pretrained(path)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-        )
-    except (OSError, ValueError) as error:
-        if not Path(path).exists() and path.startswith((".", "/", "~")):
-            raise InputError(f"--model.path {path}: no such folder.") from error
+        return Path(snapshot_download(path, ignore_patterns=["*.pth", "*.gguf", "original/*", "consolidated*"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--model.path {path}: no model could be loaded from there: {reason}") from error
+        raise InputError(f"--model.path {path}: no such folder, and no model of that name on the hub ({reason})") from error
+
+
+def read_config(path: str) -> Any:
+    """The model's config; explains what cannot be read."""
+    folder = resolve(path)
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / 'config.json'}: not JSON ({error}).") from error
+    if is_deepseek_v1(raw):
+        raise InputError(
+            f"--model.path {path}: a DeepSeek-MoE v1 checkpoint; convert it first, without loss: "
+            f"python -m lightning_moe.moe.deepseek_v1 {path} TARGET"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model.path {path}: {str(error).strip().splitlines()[0]}") from error
+
+
+def skeleton(path: str) -> PreTrainedModel:
+    """The model without its weights (meta device): its structure, at no cost whatever its size."""
+    config = read_config(path)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InputError(f"--model.path {path}: {str(error).strip().splitlines()[0]}") from error
     return model
 
 
-def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = None, dtype: str | None = None) -> None:
-    """Write ``model`` (and the tokenizer found at ``tokenizer``) to ``target``, beside it first, then renamed."""
-    import copy
+def layer_shapes(path: str) -> list[LayerShape]:
+    """The MoE layers of a model on disk. Raises ``InputError`` when it has none."""
+    try:
+        return [layer.shape for layer in find_moe_layers(skeleton(path))]
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith("--model.path") else f"--model.path {path}: {message}") from error
 
-    from transformers import AutoTokenizer
 
+def model_id(path: str) -> str:
+    """Name and fingerprint of a checkpoint: its config, and the size and samples of every weight file."""
+    folder = resolve(path)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for place in range(4):
+                stream.seek(size * place // 4)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, by name; safetensors if there are any."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise InputError(f"--model.path {folder}: no weights in it (*.safetensors or pytorch_model*.bin).")
+    return files
+
+
+def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
+    """Load a causal language model and see that its weights are all there and finite. Raises ``InputError``."""
+    config = read_config(path)
+    weight_files(resolve(path))
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            resolve(path),
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"--model.path {path}: it cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"--model.path {path}: {len(missing)} weights are missing, the first is {missing[0]}.")
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"--model.path {path}: {name} holds values that are not finite; the checkpoint is damaged.")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def save_model(
+    model: PreTrainedModel, target: Path, tokenizer: str | None = None, dtype: str | None = None
+) -> None:
+    """Write ``model`` (and the tokenizer found at ``tokenizer``) to ``target``, beside it first, then renamed.
+
+    Uniform models become stock checkpoints. Non-uniform ones carry transformers' ``per_layer_config`` and the code
+    that ``trust_remote_code=True`` needs.
+    """
     with replaced_folder(target) as folder:
         if dtype is not None:
             model = copy.deepcopy(model).to(getattr(torch, dtype))
             model.config.dtype = getattr(torch, dtype)
         model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        add_modelling_file(config, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def add_modelling_file(config: dict[str, Any], folder: Path) -> None:
+    """Write the code of a non-uniform model into ``folder`` and name it in ``config``; undo both if uniform."""
+    holder = config.get("text_config", config)
+    file = folder / MODELLING_FILE
+    if not holder.get("per_layer_config"):
+        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+            holder.pop(name, None)
+        if file.name.removesuffix(".py") in json.dumps(config.get("auto_map", {})):
+            del config["auto_map"]
+        file.unlink(missing_ok=True)
+        return
+    base = config["architectures"][0].removeprefix("NonUniform")
+    config["architectures"] = [base]
+    config["auto_map"] = {"AutoModelForCausalLM": f"{file.name.removesuffix('.py')}.NonUniform{base}"}
+    code = Path(non_uniform.__file__).read_text()
+    file.write_text(
+        f"{code}\n\nfrom transformers import {base}  # noqa: E402\n\n\n"
+        f"class NonUniform{base}({base}):\n"
+        f'    """{base} with its own number of experts in each layer."""\n\n'
+        "    # transformers looks for a decorator in the file of the class, which stands in that of the base.\n"
+        "    _can_set_experts_implementation_cached_value = True\n\n"
+        "    def __init__(self, config: Any) -> None:\n"
+        "        super().__init__(config)\n"
+        "        resize_moe_layers(self)\n"
+    )

@@ -65,7 +65,6 @@ def convert_deepseek_v1(source: Path, target: Path, *, max_shard_bytes: int = 4_
     anchor = next(parent for parent in target.parents if parent.exists())
     if not anchor.is_dir():
         raise InputError(f"{anchor} is not a folder: choose another target")
-
     config = _read_json(source / "config.json")
     _check_config(config, source)
     stored = _stored_tensors(source)
@@ -73,8 +72,7 @@ def convert_deepseek_v1(source: Path, target: Path, *, max_shard_bytes: int = 4_
         stored.pop("lm_head.weight", None)
     expected, added = _shapes(config)
     _check_tensors(stored, expected, source)
-    dtype = stored["model.embed_tokens.weight"].dtype
-    converted_config = _converted_config(config, dtype, source)
+    converted_config = _converted_config(config, dtype := stored["model.embed_tokens.weight"].dtype, source)
     tensors = {name.replace(".shared_experts.", ".shared_expert."): stored.pop(name) for name in list(stored)}
     tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in added.items()}
 
@@ -82,7 +80,7 @@ def convert_deepseek_v1(source: Path, target: Path, *, max_shard_bytes: int = 4_
     try:
         staging.mkdir()
         _write_tensors(tensors, staging, max_shard_bytes)
-        converted_config.to_json_file(staging / "config.json", use_diff=False)
+        converted_config.to_json_file(staging / "config.json")
         _copy_tokenizer(source, staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.replace(target)
@@ -109,7 +107,6 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
 
 
 def _converted_config(config: dict[str, Any], dtype: torch.dtype, source: Path) -> Qwen2MoeConfig:
-    layers = list(range(config["num_hidden_layers"]))
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default", **scaling}
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
@@ -123,7 +120,7 @@ def _converted_config(config: dict[str, Any], dtype: torch.dtype, source: Path) 
             num_experts=config["n_routed_experts"],
             num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
             shared_expert_intermediate_size=_shared_width(config),
-            mlp_only_layers=layers[: config.get("first_k_dense_replace") or 0],
+            mlp_only_layers=list(range(config.get("first_k_dense_replace") or 0)),
             # With k = 1 v1 ignores the flag, where qwen2_moe would set every weight to 1.
             norm_topk_prob=bool(config.get("norm_topk_prob")) and config["num_experts_per_tok"] > 1,
             router_aux_loss_coef=config.get("aux_loss_alpha", 0.001),
@@ -229,13 +226,13 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         if re.fullmatch(_TOKENIZER_FILE, path.name) and path.suffix in _TOKENIZER_SUFFIXES and path.is_file():
             shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
-    before = _read_json(path) if path.exists() else {}
-    after = {key: value for key, value in before.items() if key != "auto_map"}
+    config = _read_json(path) if path.exists() else {}
+    config.pop("auto_map", None)
     if (folder / "tokenizer.json").exists():
         # Without a class AutoTokenizer would follow the model type, and Qwen's splits text its own way.
-        after.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    if after != before:
-        path.write_text(json.dumps(after, indent=2), encoding="utf-8")
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    if config:
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -243,9 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Rewrite a DeepSeek-MoE v1 checkpoint as a qwen2_moe one.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of the DeepSeek-MoE checkpoint")
     parser.add_argument("target", type=Path, metavar="TARGET", help="new or empty folder for the result")
-    options = parser.parse_args(arguments)
     try:
-        convert_deepseek_v1(options.source, options.target)
+        convert_deepseek_v1(**vars(parser.parse_args(arguments)))
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -85,11 +85,7 @@ def mask_experts(layer: MoELayer, keep: Sequence[int]) -> Iterator[None]:
     """
     dropped_E = torch.ones(layer.num_experts, dtype=torch.bool)
     dropped_E[list(keep)] = False
-    biases = [
-        tensor
-        for owner, name, tensor, _ in layer.per_expert_tensors()
-        if owner is not layer.experts and "correction_bias" in name
-    ]
+    biases = layer.correction_biases
     saved = [bias.detach().clone() for bias in biases]
     forward = layer.router.forward
 

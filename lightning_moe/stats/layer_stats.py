@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from lightning_moe.moe.layers import LayerShape
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -17,11 +19,7 @@ class LayerStats:
     gave to ``i``; padding never counts. ``f`` is an expert's output before its routing weight.
     """
 
-    name: str
-    """Path of the MoE block in the model."""
-    top_k: int
-    num_groups: int
-    topk_group: int
+    shape: LayerShape
 
     tokens: Tensor
     """Tokens seen, a scalar."""
@@ -58,11 +56,6 @@ class LayerStats:
     """Cosine between the flattened weights of two experts."""
     stable_rank_E: Tensor
     """``sum sigma^2 / sigma_max^2``, mean over the expert's matrices."""
-
-    @property
-    def num_experts(self) -> int:
-        return self.count_E.shape[0]
-
 
 TENSORS = tuple(field.name for field in fields(LayerStats) if field.type == "Tensor")
 """The names of the tensors of ``LayerStats``."""

@@ -67,13 +67,6 @@ class Observation(nn.Module):
         for layer, stats in zip(self.layers, self.stats, strict=True):
             sums: dict[str, Tensor] = {name: value.cpu() for name, value in stats.compute().items()}  # type: ignore[operator]
             result.append(
-                LayerStats(
-                    name=layer.name,
-                    top_k=layer.top_k,
-                    num_groups=layer.num_groups,
-                    topk_group=layer.topk_group,
-                    **sums,
-                    **weight_stats(layer),
-                )
+                LayerStats(layer.shape, **sums, **weight_stats(layer))
             )
         return result

@@ -19,7 +19,7 @@ def weight_stats(layer: MoELayer) -> dict[str, Tensor]:
     num_experts = layer.num_experts
     dot_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64)
     rank_E = torch.zeros(num_experts, dtype=torch.float64)
-    matrices = layer.expert_matrices()
+    matrices = layer.expert_matrices
     for stack_EOI in matrices:
         flat = stack_EOI.detach().float().flatten(1)
         dot_EE += (flat @ flat.T).double().cpu()

@@ -1,0 +1,178 @@
+"""Compaction: cut a checkpoint on disk, tensor by tensor, without loading the model."""
+
+# E experts
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_moe.errors import InputError
+from lightning_moe.files import replaced_folder
+from lightning_moe.moe.checkpoints import add_modelling_file, load_model, resolve, save_model, skeleton, weight_files
+from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.non_uniform import COUNT_NAMES
+from lightning_moe.moe.surgery import check_keep, keep_experts, set_counts
+
+SHARD_BYTES = 4 << 30
+"""Largest weight file written, and about the most memory used."""
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What happens to the tensors of one decoder layer's MoE block on disk."""
+
+    component: str
+    """Name of the block on disk (``mlp``, ``block_sparse_moe``, ``feed_forward``), which may differ from memory."""
+    num_experts: int
+    keep: Sequence[int]
+
+
+def compact_checkpoint(
+    source: str, keep: Mapping[str, Sequence[int]], target: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Copy the checkpoint at ``source`` to ``target`` without the experts that ``keep`` does not name.
+
+    Kept tensors are copied bit by bit, quantised ones included; experts are numbered anew, router rows and biases
+    follow. Everything else in the folder (tokenizer, generation config) travels along. The folder is complete or
+    not there at all. Raises ``InputError`` before writing when the plan does not fit the model.
+    """
+    model = skeleton(source)
+    shapes = [layer.shape for layer in find_moe_layers(model)]
+    check_keep(shapes, keep)
+    folder = resolve(source)
+    files = weight_files(folder)
+    if files[0].suffix == ".bin":  # old checkpoints: no reading by tensor, so through memory
+        loaded = load_model(source)
+        keep_experts(loaded, keep)
+        save_model(loaded, target, source)
+        return
+    by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
+    cuts = _find_cuts(files, by_index)
+    set_counts(model.config, {shape.index: len(by_index[shape.index][1]) for shape in shapes})
+    with replaced_folder(target) as beside:
+        for file in folder.iterdir():
+            if file.is_file() and file not in files and not file.name.endswith((".index.json", ".bin", ".pth")):
+                shutil.copy(file, beside)
+        _write_shards(_kept_tensors(files, cuts), beside, shard_bytes)
+        config = _with_counts(json.loads((folder / "config.json").read_text()), model.config.to_dict())
+        add_modelling_file(config, beside)
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, _Cut]:
+    """Find each MoE block on disk: where the per-expert tensors, or the stacks ``(E, ., .)``, of a layer lie."""
+    cuts: dict[int, _Cut] = {}
+    experts_seen: dict[int, set[int]] = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                layer = LAYER.search(name)
+                if layer is None or int(layer.group(1)) not in by_index or "shared" in name:
+                    continue
+                index, component = int(layer.group(1)), layer.group(2)
+                num_experts, keep = by_index[index]
+                expert = EXPERT.search(name)
+                if expert is not None:
+                    experts_seen.setdefault(index, set()).add(int(expert.group(1)))
+                shape = tensors.get_slice(name).get_shape()
+                if expert is not None or (len(shape) >= 3 and shape[0] == num_experts):
+                    cuts[index] = _Cut(component, num_experts, keep)
+    for index, (num_experts, _) in by_index.items():
+        seen = experts_seen.get(index, set(range(num_experts)))
+        if index not in cuts or seen != set(range(num_experts)):
+            raise InputError(
+                f"{files[0].parent}: decoder layer {index} should hold {num_experts} experts, but the weight files hold "
+                f"{len(seen) if index in cuts else 0}; the checkpoint is incomplete."
+            )
+    return cuts
+
+
+def _kept_tensors(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that stays, under its new name and at its new size."""
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                layer = LAYER.search(name)
+                cut = cuts.get(int(layer.group(1))) if layer else None
+                if layer is None or cut is None or layer.group(2) != cut.component or "shared" in name:
+                    yield name, _finite(name, tensors.get_tensor(name))
+                    continue
+                expert = EXPERT.search(name)
+                if expert is not None:
+                    if int(expert.group(1)) in cut.keep:
+                        new = f".experts.{list(cut.keep).index(int(expert.group(1)))}."
+                        yield name.replace(expert.group(0), new), _finite(name, tensors.get_tensor(name))
+                    continue
+                tensor = tensors.get_tensor(name)
+                per_expert = next((d for d, size in enumerate(tensor.shape) if size == cut.num_experts), None)
+                if per_expert is not None:
+                    tensor = tensor.index_select(per_expert, torch.tensor(list(cut.keep)))
+                yield name, _finite(name, tensor)
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    # float8 and packed integers know no isfinite; their scales do.
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
+        raise InputError(f"{name} holds values that are not finite; the checkpoint is damaged.")
+    return tensor
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+    shard: dict[str, Tensor] = {}
+    shard_names: list[list[str]] = []
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"shard-{len(shard_names):05d}", metadata={"format": "pt"})
+        shard_names.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shard_names) == 1:
+        (folder / "shard-00000").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shard_names):
+        file = f"model-{number + 1:05d}-of-{len(shard_names):05d}.safetensors"
+        (folder / f"shard-{number:05d}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _with_counts(raw: dict[str, Any], settled: dict[str, Any]) -> dict[str, Any]:
+    """The config as it lay on disk, with only the counts of experts changed."""
+    holder, source = (raw["text_config"], settled["text_config"]) if "text_config" in raw else (raw, settled)
+    for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+        if source.get(name):
+            holder[name] = source[name]
+        else:
+            holder.pop(name, None)
+    for name in COUNT_NAMES:
+        if isinstance(source.get(name), int):
+            holder[name] = source[name]
+    if "output_router_logits" in holder:
+        holder["output_router_logits"] = source.get("output_router_logits", False)
+    if "architectures" not in raw:
+        raw["architectures"] = settled.get("architectures")
+    return raw
