@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The commands print it on stderr and leave with exit code 2; anything else is a defect and keeps its traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+import re
 import sys
+import warnings
+from typing import Any, NoReturn
 
+import transformers
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
 from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
 
+COMMANDS = ("score", "prune", "evaluate", "demo")
+"""Our commands; each is a method of ``MoETrainer``."""
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser that refuses in one line, with the nearest known name for a misspelt one."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+        text = re.sub(r"Parser key \"?([\w.]+)\"?:", r"--\1:", text)
+        unknown = re.search(r"(?:[Uu]nrecognized arguments?:|does not accept option) '?-{0,2}([\w.-]+)", text)
+        if unknown:
+            known = [option for action in self._actions for option in (action.option_strings or [action.dest])]
+            near = difflib.get_close_matches(f"--{unknown.group(1)}", known, n=1)
+            text += f" Did you mean {near[0]}?" if near else ""
+        raise InputError(text)
+
 
 class MoECLI(LightningCLI):
     """Commands around ``MoECausalLM``, ``TextDataModule`` and ``MoETrainer``."""
 
+    @override
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {command: {"model", "datamodule"} for command in COMMANDS}
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
+        if self.subcommand in COMMANDS:
+            # These write their own results; a log folder and training checkpoints would only litter.
+            config["logger"] = config["logger"] or False
+            config["enable_checkpointing"] = False
+            config["enable_model_summary"] = False
+        return super()._instantiate_trainer(config, callbacks)
+
+    @override
     def after_instantiate_classes(self) -> None:
         if self.datamodule.tokenizer is None:
             self.datamodule.tokenizer = self.model.path
@@ -21,6 +62,7 @@ class MoECLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
+    quiet()
     try:
         MoECLI(
             MoECausalLM,
@@ -28,8 +70,19 @@ def main(args: ArgsType = None) -> None:
             trainer_class=MoETrainer,
             save_config_callback=None,
             seed_everything_default=0,
+            parser_class=OneLineParser,
             args=args,
         )
     except InputError as error:
         print(f"lightning-moe: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet() -> None:
+    """Leave out what other libraries say about themselves; our own lines and progress bars stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_moe.data.loading import RankBatches, ResumableLoader
 from lightning_moe.data.packing import PackedText, pack
-from lightning_moe.data.text import read_domains
+from lightning_moe.data.text import content_fingerprint, read_domains
 from lightning_moe.errors import InputError
 
 DEFAULT_SEQ_LEN = 2048
@@ -56,6 +56,8 @@ class TextDataModule(LightningDataModule):
         self.path, self.val_path, self.tokenizer = path, val_path, tokenizer
         self.seq_len, self.samples, self.batch_size = seq_len, samples, batch_size
         self.subset, self.split, self.shuffle_seed = subset, split, shuffle_seed
+        self.start_batch = 0
+        """Batches of the next predict loop that an earlier, killed one has done."""
         self._packed: dict[str, PackedText] = {}
 
     @property
@@ -113,7 +115,14 @@ class TextDataModule(LightningDataModule):
         return self._loader(self.text, train=False)
 
     def predict_dataloader(self) -> ResumableLoader:
-        return self._loader(self.text, train=False)
+        loader = self._loader(self.text, train=False)
+        loader.batches.start = self.start_batch
+        return loader
+
+    @property
+    def content_fingerprint(self) -> str | None:
+        """Of the files' names, sizes and ends, read in no time: has the text changed? None for a dataset's name."""
+        return None if self.path is None else content_fingerprint(self.path)
 
 
 def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
@@ -121,7 +130,7 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     if path is None:
         raise InputError("no tokenizer: give --data.tokenizer a folder or hub id.")
     try:
-        return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: no tokenizer found there; give --data.tokenizer the folder or hub id of one."

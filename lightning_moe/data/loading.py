@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +38,6 @@ class RankBatches(Sampler[list[int]]):
         self.start = 0
         """Batches of this epoch that were done before a restart."""
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         step = self.batch_size * self.world_size
         return self.num_windows // step if self.drop_last else -(-self.num_windows // step)
@@ -59,24 +55,32 @@ class RankBatches(Sampler[list[int]]):
             yield order[first : first + self.batch_size]
 
 
-class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A DataLoader whose position travels in Lightning's checkpoints."""
+class ResumableLoader:
+    """Batches whose position travels in Lightning's checkpoints; each time through is the next epoch.
+
+    It holds a DataLoader rather than being one: Lightning takes apart and rebuilds the DataLoaders it is given.
+    """
 
     def __init__(self, dataset: PackedText, batches: RankBatches) -> None:
-        super().__init__(dataset, batch_sampler=batches)
-        self.batches = batches
-        self.done = 0
+        self.dataset, self.batches = dataset, batches
+        self._loader: DataLoader[dict[str, Tensor]] = DataLoader(dataset, batch_sampler=batches)
+        self._done = 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.done = self.batches.start
-        for batch in super().__iter__():
-            self.done += 1
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self._done = self.batches.start
+        for batch in self._loader:
+            self._done += 1
             yield batch
+        self.batches.epoch += 1
+        self._done = 0
 
     def state_dict(self) -> dict[str, int]:
-        # At the end of an epoch the next one starts from its first batch.
-        return {"epoch": self.batches.epoch, "done": self.done % max(len(self.batches), 1)}
+        """Epoch and batches done in it; at the last batch of an epoch, the start of the next."""
+        finished = self._done == len(self)
+        return {"epoch": self.batches.epoch + finished, "done": 0 if finished else self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batches.set_epoch(state["epoch"])
-        self.batches.start = state["done"]
+        self.batches.epoch, self.batches.start = state["epoch"], state["done"]

@@ -66,7 +66,11 @@ class PackedText(Dataset[dict[str, Tensor]]):
 
 
 def pack(
-    domains: Iterable[Domain], tokenizer: Any, seq_len: int, samples: int | None, num_domains: int | None = None
+    domains: Iterable[Domain],
+    tokenizer: Any,
+    seq_len: int,
+    samples: int | None,
+    num_domains: int | None = None,
 ) -> PackedText:
     """Pack each domain's documents into windows of ``seq_len`` tokens.
 
@@ -92,9 +96,7 @@ def pack(
     tokens_NS = torch.full((len(windows), seq_len), _padding(tokenizer), dtype=torch.int32)
     for row, window in zip(tokens_NS, windows, strict=True):
         row[: len(window)] = torch.tensor(window, dtype=torch.int32)
-    return PackedText(
-        tokens_NS, torch.tensor([len(window) for window in windows]), torch.tensor(owner), tuple(names)
-    )
+    return PackedText(tokens_NS, torch.tensor([len(window) for window in windows]), torch.tensor(owner), tuple(names))
 
 
 def _share(samples: int, num_domains: int, position: int) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, first_line
 
 DOCUMENT_SEPARATOR = "\n\n\n"
 """Two blank lines separate the documents of a ``.txt`` file."""
+
+END_BYTES = 1 << 16
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
@@ -24,6 +27,27 @@ class Domain:
     documents: list[str]
 
 
+def text_files(location: Path) -> list[Path]:
+    """The text files under a folder, by name."""
+    return sorted(file for file in location.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+
+
+def content_fingerprint(path: str) -> str | None:
+    """Of names, sizes, first and last bytes of the files under ``path``; None for the name of a dataset."""
+    location = Path(path)
+    if not location.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in text_files(location) if location.is_dir() else [location]:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(location)} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(END_BYTES))
+            stream.seek(max(0, size - END_BYTES))
+            digest.update(stream.read(END_BYTES))
+    return digest.hexdigest()[:16]
+
+
 def read_domains(path: str, *, subset: str | None = None, split: str = "validation") -> Iterator[Domain]:
     """Yield the domains under ``path``, in the order of their names, one in memory at a time.
 
@@ -34,7 +58,7 @@ def read_domains(path: str, *, subset: str | None = None, split: str = "validati
     if location.is_file():
         yield _read_file(location, location.name)
     elif location.is_dir():
-        files = sorted(file for file in location.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        files = text_files(location)
         if not files:
             raise InputError(f"{path}: no text found; expected files ending in {', '.join(SUFFIXES)}.")
         for file in files:
@@ -98,9 +122,9 @@ def _load_dataset(name: str, subset: str | None, split: str) -> Domain:
     try:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises many kinds; each means the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name}: no such file or folder, and `datasets` cannot load it as a dataset (split {split!r}): {reason}"
+            f"{name}: no such file or folder, and `datasets` cannot load it as a dataset (split {split!r}): "
+            f"{first_line(error)}"
         ) from error
     if "text" not in rows.column_names:
         raise InputError(f"{name}: the dataset has no 'text' column; it has {', '.join(rows.column_names)}.")

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import SumMetric
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.modules.load_balance import load_balance_loss
-from lightning_moe.moe.checkpoints import load_model
+from lightning_moe.moe.checkpoints import load_model, new_model
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
 from lightning_moe.moe.routing import Routing, record_routing
 
@@ -73,9 +73,11 @@ class MoECausalLM(LightningModule):
             if model_type is None:
                 raise InputError("--model.config: no `model_type` in it.")
             config = AutoConfig.for_model(model_type, **settings)
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model = new_model(config, dtype)
         else:
-            raise InputError("no model: give --model.path a folder or hub id, or --model.config the settings of a new one.")
+            raise InputError(
+                "no model: give --model.path a folder or hub id, or --model.config the settings of a new one."
+            )
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.moe_layers = find_moe_layers(self.model)
@@ -114,8 +116,9 @@ class MoECausalLM(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum the loss of each domain, in float64, to be divided once at the end."""
         loss_B, count_B = next_token_loss(self(batch), batch)
-        for domain in batch["domain"].unique().tolist():
-            chosen_B = batch["domain"] == domain
+        domain_B = batch.get("domain", torch.zeros_like(count_B))
+        for domain in set(domain_B.tolist()):
+            chosen_B = domain_B == domain
             loss, count = self._domain_sums(domain)
             loss.update(loss_B[chosen_B].double().sum())
             count.update(count_B[chosen_B].double().sum())
@@ -125,23 +128,23 @@ class MoECausalLM(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         """Run the decoder alone: what observing experts needs, without the cost of the vocabulary."""
-        self.network.base_model(
-            input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False
-        )
+        self.network.base_model(input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False)
 
     def _domain_sums(self, domain: int) -> tuple[SumMetric, SumMetric]:
         if domain not in self._domain_loss:
-            sums = SumMetric().double().to(self.device), SumMetric().double().to(self.device)
-            self._domain_loss[domain] = sums
+            self._domain_loss[domain] = _float64_sum(self.device), _float64_sum(self.device)
         return self._domain_loss[domain]
 
     def on_validation_epoch_end(self) -> None:
         domains = self._domains()
         for index in range(len(domains)):  # the same order on every rank, also for a domain this one never saw
             self._domain_sums(index)
-        sums = {index: (float(loss.compute()), float(count.compute())) for index, (loss, count) in sorted(self._domain_loss.items())}
+        sums = {
+            index: (float(loss.compute()), float(count.compute()))
+            for index, (loss, count) in sorted(self._domain_loss.items())
+        }
         self._domain_loss.clear()
-        prefix = "val" if self.trainer.state.fn == "fit" else str(self.trainer.state.fn)
+        prefix = "val" if self.trainer.state.fn == "fit" else str(self.trainer.state.fn.value)
         total, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
         for index, (loss, count) in sums.items():
             self.log(f"{prefix}/perplexity/{domains[index]}", _perplexity(loss, count), rank_zero_only=True)
@@ -153,7 +156,11 @@ class MoECausalLM(LightningModule):
         self.on_validation_epoch_end()
 
     def _domains(self) -> tuple[str, ...]:
-        loaders = self.trainer.val_dataloaders if self.trainer.state.fn in ("fit", "validate") else self.trainer.test_dataloaders
+        loaders = (
+            self.trainer.val_dataloaders
+            if self.trainer.state.fn in ("fit", "validate")
+            else self.trainer.test_dataloaders
+        )
         domains: tuple[str, ...] | None = getattr(getattr(loaders, "dataset", None), "domains", None)
         return domains or tuple(str(index) for index in sorted(self._domain_loss))
 
@@ -202,6 +209,13 @@ def _padding_mask(batch: Batch) -> Tensor | None:
     if bool(mask.all()):
         return None
     return torch.where(mask.any(-1, keepdim=True), mask, torch.ones_like(mask))
+
+
+def _float64_sum(device: torch.device) -> SumMetric:
+    metric = SumMetric()
+    metric.set_dtype(torch.float64)
+    metric.to(device)
+    return metric
 
 
 def _perplexity(loss: float, tokens: float) -> float:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import replaced_folder
 from lightning_moe.moe import non_uniform
-from lightning_moe.moe.deepseek_v1 import is_deepseek_v1
 from lightning_moe.moe.layers import LayerShape, find_moe_layers
 from lightning_moe.moe.non_uniform import resize_moe_layers
 
@@ -34,7 +34,7 @@ def register_non_uniform() -> None:
     Every model of transformers ends its construction with ``post_init``; there, before weights are loaded, layers
     take the count that the config names. Models whose config names none are not touched.
     """
-    stock = PreTrainedModel.post_init
+    stock: Callable[[PreTrainedModel], None] = PreTrainedModel.post_init
     if hasattr(stock, "resizes_moe_layers"):
         return
 
@@ -61,8 +61,10 @@ def resolve(path: str) -> Path:
     try:
         return Path(snapshot_download(path, ignore_patterns=["*.pth", "*.gguf", "original/*", "consolidated*"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--model.path {path}: no such folder, and no model of that name on the hub ({reason})") from error
+        reason = first_line(error)
+        raise InputError(
+            f"--model.path {path}: no such folder, and no model of that name on the hub ({reason})"
+        ) from error
 
 
 def read_config(path: str) -> Any:
@@ -72,7 +74,7 @@ def read_config(path: str) -> Any:
         raw = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{folder / 'config.json'}: not JSON ({error}).") from error
-    if is_deepseek_v1(raw):
+    if raw.get("model_type") == "deepseek":
         raise InputError(
             f"--model.path {path}: a DeepSeek-MoE v1 checkpoint; convert it first, without loss: "
             f"python -m lightning_moe.moe.deepseek_v1 {path} TARGET"
@@ -80,7 +82,7 @@ def read_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model.path {path}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"--model.path {path}: {first_line(error)}") from error
 
 
 def skeleton(path: str) -> PreTrainedModel:
@@ -88,9 +90,14 @@ def skeleton(path: str) -> PreTrainedModel:
     config = read_config(path)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            return new_model(config)
     except ValueError as error:
-        raise InputError(f"--model.path {path}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"--model.path {path}: {first_line(error)}") from error
+
+
+def new_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model with random weights."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 
@@ -100,7 +107,9 @@ def layer_shapes(path: str) -> list[LayerShape]:
         return [layer.shape for layer in find_moe_layers(skeleton(path))]
     except InputError as error:
         message = str(error)
-        raise InputError(message if message.startswith("--model.path") else f"--model.path {path}: {message}") from error
+        raise InputError(
+            message if message.startswith("--model.path") else f"--model.path {path}: {message}"
+        ) from error
 
 
 def model_id(path: str) -> str:
@@ -130,27 +139,27 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
     config = read_config(path)
     weight_files(resolve(path))
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve(path),
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"--model.path {path}: it cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+        raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
         raise InputError(f"--model.path {path}: {len(missing)} weights are missing, the first is {missing[0]}.")
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            raise InputError(f"--model.path {path}: {name} holds values that are not finite; the checkpoint is damaged.")
-    loaded: PreTrainedModel = model
-    return loaded
+            raise InputError(
+                f"--model.path {path}: {name} holds values that are not finite; the checkpoint is damaged."
+            )
+    return model
 
 
-def save_model(
-    model: PreTrainedModel, target: Path, tokenizer: str | None = None, dtype: str | None = None
-) -> None:
+def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = None, dtype: str | None = None) -> None:
     """Write ``model`` (and the tokenizer found at ``tokenizer``) to ``target``, beside it first, then renamed.
 
     Uniform models become stock checkpoints. Non-uniform ones carry transformers' ``per_layer_config`` and the code

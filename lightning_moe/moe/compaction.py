@@ -19,7 +19,14 @@ from torch import Tensor
 
 from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_folder
-from lightning_moe.moe.checkpoints import add_modelling_file, load_model, resolve, save_model, skeleton, weight_files
+from lightning_moe.moe.checkpoints import (
+    add_modelling_file,
+    load_model,
+    resolve,
+    save_model,
+    skeleton,
+    weight_files,
+)
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import COUNT_NAMES
 from lightning_moe.moe.surgery import check_keep, keep_experts, set_counts
@@ -95,8 +102,8 @@ def _find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence
         seen = experts_seen.get(index, set(range(num_experts)))
         if index not in cuts or seen != set(range(num_experts)):
             raise InputError(
-                f"{files[0].parent}: decoder layer {index} should hold {num_experts} experts, but the weight files hold "
-                f"{len(seen) if index in cuts else 0}; the checkpoint is incomplete."
+                f"{files[0].parent}: decoder layer {index} should hold {num_experts} experts, but its weight files "
+                f"hold {len(seen) if index in cuts else 0}; the checkpoint is incomplete."
             )
     return cuts
 
@@ -151,7 +158,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     if len(shard_names) == 1:
         (folder / "shard-00000").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shard_names):
         file = f"model-{number + 1:05d}-of-{len(shard_names):05d}.safetensors"
         (folder / f"shard-{number:05d}").rename(folder / file)

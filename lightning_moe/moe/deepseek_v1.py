@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2MoeConfig
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, first_line
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
           "num_attention_heads", "n_routed_experts", "num_experts_per_tok")  # fmt: skip
@@ -43,8 +43,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DOUBLED = re.compile(r"\.shared_experts?\.down_proj\.")
 # Data that travels along; code never does.
-_TOKENIZER_FILE = r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|generation).*"
-_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_TOKENIZER_FILE = r"(tokenizer|special_|added_|vocab|merges|chat_|generation_).*\.(json|txt|model|jinja)"
 
 
 def is_deepseek_v1(config: dict[str, Any]) -> bool:
@@ -201,7 +200,7 @@ def _stored_tensors(source: Path) -> dict[str, Tensor]:
                 safe = shard.suffix == ".safetensors"
                 stored |= load_file(shard) if safe else torch.load(shard, "cpu", weights_only=True, mmap=True)
             except Exception as error:  # each reader has its own set of them, torch's with many lines
-                raise InputError(f"cannot read {shard}: {str(error).partition(chr(10))[0]}") from error
+                raise InputError(f"cannot read {shard}: {first_line(error)}") from error
         # Rotary frequencies follow from the config; old versions saved them all the same.
         return {name: stored[name] for name in stored if not name.endswith(".rotary_emb.inv_freq")}
     raise InputError(f"{source} holds no weights: neither {' nor '.join(_WEIGHTS)}, nor an index of either")
@@ -216,6 +215,7 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: in
         for name in filter(_DOUBLED.search, names):
             held[name] *= 2
         save_file(held, folder / file_name, metadata={"format": "pt"})
+        del held  # before the next shard is read, or there would be two
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{_WEIGHTS[0]}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -223,7 +223,7 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: in
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     for path in source.iterdir():
-        if re.fullmatch(_TOKENIZER_FILE, path.name) and path.suffix in _TOKENIZER_SUFFIXES and path.is_file():
+        if re.fullmatch(_TOKENIZER_FILE, path.name) and path.is_file():
             shutil.copyfile(path, folder / path.name)
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.exists() else {}

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.moe.layers import MoELayer
+from lightning_moe.moe.non_uniform import stacked_parameters
 
 IMPLEMENTATION = "lightning_moe"
 
@@ -44,14 +45,12 @@ class ExpertHooks:
     """A factor on each expert's routing weight; gradients reach it."""
 
 
-def experts_forward(
-    experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum of the chosen experts' outputs, ``(T, H)``: the same as the stock grouped path."""
     hooks: ExpertHooks | None = getattr(experts, "lightning_moe_hooks", None)
     if hooks is not None and hooks.gates_E is not None:
         weights_TK = weights_TK * hooks.gates_E[expert_ids_TK].to(weights_TK.dtype)
-    top_k, num_experts = expert_ids_TK.shape[-1], int(experts.down_proj.shape[0])  # type: ignore[union-attr,arg-type]
+    top_k, num_experts = expert_ids_TK.shape[-1], stacked_parameters(experts)["down_proj"].shape[0]
     expert_N, order_N = expert_ids_TK.flatten().sort(stable=True)
     token_N = order_N // top_k
     count_E = torch.bincount(expert_N, minlength=num_experts)
@@ -74,9 +73,7 @@ def _expert_outputs(experts: nn.Module, inputs_NH: Tensor, expert_N: Tensor, cou
     return experts.post_expert_norm(outputs_NH) if experts.has_post_expert_norm else outputs_NH  # type: ignore[operator]
 
 
-def _grouped_linear(
-    experts: nn.Module, name: str, inputs: Tensor, expert_N: Tensor, count_E: Tensor
-) -> Tensor:
+def _grouped_linear(experts: nn.Module, name: str, inputs: Tensor, expert_N: Tensor, count_E: Tensor) -> Tensor:
     weight: Tensor = getattr(experts, name)
     if not experts.is_transposed:
         weight = weight.transpose(-2, -1)
@@ -85,7 +82,7 @@ def _grouped_linear(
         ends_E = count_E.cumsum(0, dtype=torch.int32)
         outputs = functional.grouped_mm(inputs, weight, offs=ends_E)
     else:
-        groups = zip(inputs.split(count_E.tolist()), weight, strict=True)
+        groups = zip(torch.split(inputs, count_E.tolist()), weight, strict=True)
         outputs = torch.cat([rows @ matrix for rows, matrix in groups])
     return outputs + getattr(experts, f"{name}_bias")[expert_N] if experts.has_bias else outputs
 
@@ -103,9 +100,7 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 @contextmanager
-def expert_hooks(
-    model: PreTrainedModel, layers: list[MoELayer], hooks: Mapping[str, ExpertHooks]
-) -> Iterator[None]:
+def expert_hooks(model: PreTrainedModel, layers: list[MoELayer], hooks: Mapping[str, ExpertHooks]) -> Iterator[None]:
     """Run ``model`` through ``experts_forward`` with ``hooks`` (by layer name) inside the context."""
     before = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_
 """The names under which configs and modules hold their number of experts."""
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """An MoE block and its parts."""
 
     name: str

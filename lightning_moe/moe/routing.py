@@ -36,9 +36,7 @@ def read_routing(output: Any, num_experts: int) -> Routing:
 
 
 @contextmanager
-def record_routing(
-    layers: Iterable[MoELayer], record: Callable[[MoELayer, Routing], None]
-) -> Iterator[None]:
+def record_routing(layers: Iterable[MoELayer], record: Callable[[MoELayer, Routing], None]) -> Iterator[None]:
     """Call ``record`` with every routing decision made inside the context."""
 
     def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:

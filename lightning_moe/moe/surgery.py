@@ -32,9 +32,10 @@ def _check_layer(shape: LayerShape, ids: Sequence[int]) -> None:
             f"{shape.num_experts - 1}. Is the plan for another model?"
         )
     if len(ids) < shape.fewest:
+        groups = f", {shape.num_groups} groups" if shape.num_groups > 1 else ""
         raise InputError(
             f"{shape.name}: the plan keeps {len(ids)} experts, but the router needs {shape.fewest} "
-            f"(top_k={shape.top_k}{f', {shape.num_groups} groups' if shape.num_groups > 1 else ''}). Keep at least that."
+            f"(top_k={shape.top_k}{groups}). Keep at least that many."
         )
     if shape.num_groups > 1:
         counts = [sum(i // shape.group_size == group for i in ids) for group in range(shape.num_groups)]

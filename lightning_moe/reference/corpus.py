@@ -81,9 +81,7 @@ def excerpt(document: str, limit: int) -> str:
     return "\n".join(kept).rstrip()
 
 
-def split(
-    documents: Iterable[str], seen: set[str], train_bytes: int, seed: int = SEED
-) -> dict[str, list[str]]:
+def split(documents: Iterable[str], seen: set[str], train_bytes: int, seed: int = SEED) -> dict[str, list[str]]:
     """Deal whole documents to the held-out splits, then to ``train`` up to ``train_bytes``.
 
     The order is a shuffle fixed by ``seed``.  The held-out splits come first, so

@@ -126,10 +126,7 @@ DOMAINS: dict[str, tuple[int, tuple[Package, ...]]] = {
     ),
     "code": (
         6_000_000,
-        tuple(
-            Package("debian", f"libpython3.11-{part}", _PYTHON, "PSF-2.0", _code)
-            for part in ("minimal", "stdlib")
-        ),
+        tuple(Package("debian", f"libpython3.11-{part}", _PYTHON, "PSF-2.0", _code) for part in ("minimal", "stdlib")),
     ),
 }
 

@@ -29,6 +29,20 @@ class ExpertStats(Metric):
 
     full_state_update = False
 
+    tokens: Tensor
+    count_E: Tensor
+    probability_E: Tensor
+    soft_count_E: Tensor
+    together_EE: Tensor
+    seen_EV: Tensor
+    norm_E: Tensor
+    norm_sq_E: Tensor
+    gated_norm_E: Tensor
+    outliers_E: Tensor
+    output_sum_EH: Tensor
+    output_sq_EH: Tensor
+    unit_sum_EH: Tensor
+
     def __init__(self, num_experts: int, hidden_size: int, vocab_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         shapes = {

@@ -57,5 +57,6 @@ class LayerStats:
     stable_rank_E: Tensor
     """``sum sigma^2 / sigma_max^2``, mean over the expert's matrices."""
 
+
 TENSORS = tuple(field.name for field in fields(LayerStats) if field.type == "Tensor")
 """The names of the tensors of ``LayerStats``."""

@@ -17,7 +17,7 @@ from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.weights import weight_stats
 
 
-class Observation(nn.Module):
+class Observation:
     """The running statistics of every MoE layer of a model.
 
     Say which tokens come next with ``next_batch``, then run the model inside ``attached()``; ``compute`` gives a
@@ -25,14 +25,18 @@ class Observation(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
         self.layers = find_moe_layers(model)
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        hidden_size = model.get_input_embeddings().weight.shape[1]
-        self.stats = nn.ModuleList(
-            ExpertStats(layer.num_experts, hidden_size, vocab_size) for layer in self.layers
-        )
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        hidden_size, vocab_size = embedding.embedding_dim, embedding.num_embeddings
+        self.stats = [ExpertStats(layer.num_experts, hidden_size, vocab_size) for layer in self.layers]
         self._ids_T = self._mask_T = torch.empty(0)
+
+    def to(self, device: torch.device) -> Observation:
+        """Keep the sums on ``device``."""
+        for stats in self.stats:
+            stats.to(device)
+        return self
 
     def next_batch(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Name the tokens of the coming forward; those whose mask is 0 are not counted."""
@@ -52,7 +56,7 @@ class Observation(nn.Module):
             return observe
 
         hooks = {
-            layer.name: ExpertHooks(observe=observer(layer, stats))  # type: ignore[arg-type]
+            layer.name: ExpertHooks(observe=observer(layer, stats))
             for layer, stats in zip(self.layers, self.stats, strict=True)
         }
         with (
@@ -61,12 +65,24 @@ class Observation(nn.Module):
         ):
             yield
 
+    def sums(self) -> dict[str, Tensor]:
+        """What this rank has summed so far, to be given to ``load_sums`` of a later pass."""
+        return {
+            f"{layer.name}:{name}": getattr(stats, name)
+            for layer, stats in zip(self.layers, self.stats, strict=True)
+            for name in stats.names
+        }
+
+    def load_sums(self, sums: dict[str, Tensor]) -> None:
+        """Go on from saved sums."""
+        for layer, stats in zip(self.layers, self.stats, strict=True):
+            for name in stats.names:
+                setattr(stats, name, sums[f"{layer.name}:{name}"])
+
     def compute(self) -> list[LayerStats]:
         """All layers' statistics, on the CPU; every rank must call it."""
         result = []
         for layer, stats in zip(self.layers, self.stats, strict=True):
-            sums: dict[str, Tensor] = {name: value.cpu() for name, value in stats.compute().items()}  # type: ignore[operator]
-            result.append(
-                LayerStats(layer.shape, **sums, **weight_stats(layer))
-            )
+            sums: dict[str, Tensor] = {name: value.cpu() for name, value in stats.compute().items()}
+            result.append(LayerStats(layer.shape, **sums, **weight_stats(layer)))
         return result

@@ -52,7 +52,8 @@ def largest_singular_value(matrix: Tensor) -> float:
     steps = min(LANCZOS_STEPS, *matrix.shape)
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)
-    rights, lefts = [right / right.norm()], []
+    rights = [right / right.norm()]
+    lefts: list[Tensor] = []
     band = torch.zeros(steps, steps, dtype=torch.float64)
     for step in range(steps):
         left = matrix @ rights[-1]

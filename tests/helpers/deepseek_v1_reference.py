@@ -194,7 +194,8 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     stem = "model" if suffix == "safetensors" else "pytorch_model"
-    names, weight_map = list(weights), {}
+    names = list(weights)
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file_name = f"{stem}.{suffix}" if shards == 1 else f"{stem}-{number + 1:05d}-of-{shards:05d}.{suffix}"
         held = {name: weights[name] for name in names[number::shards]}

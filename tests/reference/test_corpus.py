@@ -129,9 +129,7 @@ def test_every_domain_is_pinned_and_licensed() -> None:
     assert all(package.version and package.licence for package in packages)
 
 
-def test_build_writes_the_files_that_sources_describes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_writes_the_files_that_sources_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(root: Path) -> Iterator[str]:
         yield from documents()
 

@@ -1,0 +1,1 @@
+"""Ratios of our cost to a floor, timed side by side."""

@@ -1,0 +1,26 @@
+"""``evaluate``: perplexity of a model, pruned or not."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path
+from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.evaluation.perplexity import measure
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import skeleton
+
+
+def evaluate(trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool) -> None:
+    """Write evaluate.json: perplexity per domain and overall."""
+    path = model_path(model)
+    skeleton(path)
+    asked = asked_model(model)
+    run = RunFolder(out, "evaluate", asked | asked_data(data), overwrite)
+    if run.finished:
+        return
+    figures = measure(trainer, model, data)
+    if trainer.is_global_zero:
+        fingerprint = data.text.fingerprint
+        run.finish({"model_id": asked["model_id"], "data_fingerprint": fingerprint, **figures, **checkpoint_size(path)})

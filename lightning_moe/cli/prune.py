@@ -1,0 +1,140 @@
+"""``prune``: make a plan, or take one, and write the smaller checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+
+from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, seed
+from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.score import observe
+from lightning_moe.criteria import Direction, criteria, get_criterion
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import layer_shapes, model_id
+from lightning_moe.moe.compaction import compact_checkpoint
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.pruning.budget import Scope, make_plan
+from lightning_moe.pruning.plan import PruningPlan, load_plan
+from lightning_moe.pruning.scores import ExpertScores, score_experts, write_scores
+from lightning_moe.stats.store import ModelStats, load_stats
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which experts to drop: the options of ``prune`` that decide it."""
+
+    method: str
+    ratio: float
+    scope: Scope
+    direction: Direction | None
+    floor: int | None
+
+    def asked(self) -> dict[str, Any]:
+        direction = self.direction or get_criterion(self.method).direction
+        return {**self.__dict__, "direction": direction, "seed": seed()}
+
+
+def prune(
+    trainer: Trainer,
+    model: MoECausalLM,
+    data: TextDataModule,
+    out: str,
+    cut: Cut,
+    stats_file: str | None,
+    plan_file: str | None,
+    overwrite: bool,
+) -> None:
+    """Write plan.json and model/, and what led to them. One of text, statistics or plan is the source."""
+    path = model_path(model)
+    sources = {"--data.path": data.path, "--stats": stats_file, "--plan": plan_file}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise InputError(
+            f"prune works from one of --data.path, --stats or --plan; given: {' and '.join(given) or 'none'}."
+        )
+    get_criterion(cut.method)
+    shapes, identity = layer_shapes(path), model_id(path)
+    plan: PruningPlan | None = None
+    stats: ModelStats | None = None
+    if plan_file is not None:
+        plan = load_plan(Path(plan_file))
+        plan.check(shapes, identity)
+        asked: dict[str, Any] = {"plan": plan.keep}
+    else:
+        # An impossible ratio is refused before any work: equal scores need the same counts.
+        blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
+        make_plan(ExpertScores(identity, "", cut.method, shapes, blank), cut.ratio, cut.scope, cut.floor)
+        if stats_file is not None:
+            stats = _known_stats(stats_file, identity, shapes)
+        source = {"stats": stats.data_fingerprint} if stats is not None else asked_data(data)
+        asked = cut.asked() | source
+    run = RunFolder(out, "prune", asked_model(model) | asked, overwrite)
+    target = run.folder / "model"
+    if run.finished and target.is_dir():
+        return
+    if plan is None:
+        stats = stats or observe(trainer, model, data, run)
+        if trainer.is_global_zero:
+            plan = _plan_from(stats, cut, run)
+    if plan is None:
+        return
+    plan.save(run.folder / "plan.json")
+    started = time.perf_counter()
+    compact_checkpoint(path, plan.keep, target)
+    run.finish(
+        {
+            "model_id": identity,
+            "data_fingerprint": plan.data_fingerprint,
+            **{name: plan.made_by.get(name) for name in ("method", "ratio", "scope", "direction")},
+            **_reduction(path, target, shapes, plan.keep),
+            "save_seconds": round(time.perf_counter() - started, 3),
+            "world_size": trainer.world_size,
+        }
+    )
+
+
+def _known_stats(stats_file: str, identity: str, shapes: list[LayerShape]) -> ModelStats:
+    """Statistics from a file, or from the run folder that holds one."""
+    file = Path(stats_file)
+    stats = load_stats(file / "stats.safetensors" if file.is_dir() else file)
+    same = stats.model_id.rpartition("@")[2] == identity.rpartition("@")[2]
+    if not same or [layer.shape for layer in stats.layers] != shapes:
+        raise InputError(
+            f"--stats {stats_file}: made for model {stats.model_id}, this is {identity}; score this model first."
+        )
+    return stats
+
+
+def _plan_from(stats: ModelStats, cut: Cut, run: RunFolder) -> PruningPlan:
+    """Score, write all scores, plan."""
+    chosen = score_experts(stats, cut.method, cut.direction, seed())
+    others = [score_experts(stats, other.name, seed=seed()) for other in criteria() if other.name != cut.method]
+    write_scores(run.folder / "scores.json", [chosen, *others])
+    if cut.scope == "global" and not chosen.comparable:
+        Console(stderr=True, soft_wrap=True).print(
+            f"note: {cut.method} is an order of dropping within each layer, so --scope global compares the places in "
+            "these orders, not how much the experts of two layers matter."
+        )
+    return make_plan(chosen, cut.ratio, cut.scope, cut.floor)
+
+
+def _reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[str, list[int]]) -> dict[str, Any]:
+    before, after = checkpoint_size(path), checkpoint_size(str(target))
+    kept = {shape.name: len(keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
+    return {
+        "kept_experts": kept,
+        "uniform": len(set(kept.values())) == 1,
+        "experts_before": sum(shape.num_experts for shape in shapes),
+        "experts_after": sum(kept.values()),
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+    }

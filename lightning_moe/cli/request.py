@@ -1,0 +1,44 @@
+"""What a command was asked, in plain values: two runs with equal ones are the same work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import model_id, resolve, skeleton, weight_files
+
+
+def model_path(model: MoECausalLM) -> str:
+    """``--model.path``, which every command but ``fit`` needs."""
+    if model.path is None:
+        raise InputError("no model: give --model.path a folder or hub id.")
+    return model.path
+
+
+def seed() -> int:
+    """What ``--seed_everything`` set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def asked_model(model: MoECausalLM) -> dict[str, Any]:
+    path = model_path(model)
+    return {"model.path": path, "model_id": model_id(path), "model.dtype": model.dtype_name}
+
+
+def asked_data(data: TextDataModule) -> dict[str, Any]:
+    """The text and how it is sampled; not the batch size, which changes no result."""
+    if data.path is None:
+        raise InputError("no text: give --data.path a file, a folder or the name of a dataset.")
+    names = ("path", "subset", "split", "tokenizer", "seq_len", "samples")
+    return {f"data.{name}": getattr(data, name) for name in names} | {"data.content": data.content_fingerprint}
+
+
+def checkpoint_size(path: str) -> dict[str, int]:
+    """Parameters, and bytes of the weight files."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in skeleton(path).parameters()),
+        "bytes": sum(file.stat().st_size for file in weight_files(resolve(path))),
+    }

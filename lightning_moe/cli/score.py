@@ -1,0 +1,80 @@
+"""``score``: observe a model on text once, score its experts by every criterion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lightning_moe.callbacks.expert_observation import ExpertObservation
+from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, seed
+from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.criteria import criteria
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import layer_shapes, model_id
+from lightning_moe.pruning.scores import score_experts, write_scores
+from lightning_moe.stats.store import ModelStats, load_stats
+
+
+def score(trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool) -> None:
+    """Write stats.safetensors and scores.json."""
+    path = model_path(model)
+    layer_shapes(path)
+    run = RunFolder(out, "score", asked_model(model) | asked_data(data) | {"seed": seed()}, overwrite)
+    if run.finished and (run.folder / "stats.safetensors").is_file():
+        return
+    stats = observe(trainer, model, data, run)
+    if not trainer.is_global_zero:
+        return
+    methods = [score_experts(stats, criterion.name, seed=seed()) for criterion in criteria()]
+    write_scores(run.folder / "scores.json", methods)
+    run.finish(
+        {
+            "model_id": stats.model_id,
+            "data_fingerprint": stats.data_fingerprint,
+            "tokens": int(stats.layers[0].tokens),
+            "experts": sum(layer.shape.num_experts for layer in stats.layers),
+            "methods": [one.method for one in methods],
+            **checkpoint_size(path),
+            "world_size": trainer.world_size,
+        }
+    )
+
+
+def observe(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: RunFolder) -> ModelStats:
+    """The statistics of this model on this text: from the run folder if it holds them, else from one pass.
+
+    A pass that was killed goes on from its last save.
+    """
+    identity = model_id(model_path(model))
+    data.setup("predict")
+    fingerprint = data.text.fingerprint
+    file = run.folder / "stats.safetensors"
+    if file.is_file():
+        stats = load_stats(file)
+        if (stats.model_id, stats.data_fingerprint) == (identity, fingerprint):
+            return stats
+    model.configure_model()
+    partial = run.partial(trainer)
+    observation = ExpertObservation(partial)
+    data.start_batch = _common_start(trainer, observation, partial)
+    trainer.callbacks.append(observation)  # type: ignore[attr-defined]
+    try:
+        trainer.predict(model, datamodule=data, return_predictions=False)
+    finally:
+        trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
+    stats = ModelStats(identity, fingerprint, observation.layers)
+    if trainer.is_global_zero:
+        stats.save(file)
+    return stats
+
+
+def _common_start(trainer: Trainer, observation: ExpertObservation, partial: Path) -> int:
+    """The batch at which all ranks go on; if a kill left them apart, they all start anew."""
+    done = {observation.batches_done(rank) for rank in range(trainer.world_size)}
+    trainer.strategy.barrier("all ranks have looked")
+    if len(done) == 1:
+        return done.pop()
+    (partial / f"observation-{trainer.global_rank}.safetensors").unlink(missing_ok=True)
+    return 0

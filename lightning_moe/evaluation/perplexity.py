@@ -1,0 +1,66 @@
+"""Perplexity per domain and overall, and the speed at which it was measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
+from lightning_moe.modules.causal_lm import MoECausalLM
+
+
+class BatchTimer(Callback):
+    """Seconds and tokens of the batches of a validation loop, the first left out when there are more."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[float, int]] = []
+        self._start = 0.0
+
+    @override
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        tokens = int(batch["attention_mask"].sum())  # waits for the device
+        self._batches.append((time.perf_counter() - self._start, tokens))
+
+    @property
+    def tokens_per_second(self) -> float:
+        timed = self._batches[1:] or self._batches
+        return sum(tokens for _, tokens in timed) / max(sum(seconds for seconds, _ in timed), 1e-9)
+
+
+def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[str, Any]:
+    """Run a validation loop and return its figures.
+
+    ``perplexity`` and ``loss`` over all predicted ``tokens``, ``domains`` (perplexity of each file) and this rank's
+    ``tokens_per_second``. Raises ``InputError`` when the perplexity is not finite.
+    """
+    data.setup("validate")
+    model.configure_model()
+    timer = BatchTimer()
+    trainer.callbacks.append(timer)  # type: ignore[attr-defined]
+    try:
+        trainer.validate(model, datamodule=data, verbose=False)
+    finally:
+        trainer.callbacks.remove(timer)  # type: ignore[attr-defined]
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    prefix = "validate/perplexity"
+    if not math.isfinite(logged[prefix]):
+        raise InputError(f"--model.path {model.path}: its perplexity is {logged[prefix]}; are the weights damaged?")
+    return {
+        "perplexity": logged[prefix],
+        "loss": logged["validate/loss"],
+        "tokens": int(logged["validate/tokens"]),
+        "domains": {name.removeprefix(f"{prefix}/"): v for name, v in logged.items() if name.startswith(f"{prefix}/")},
+        "tokens_per_second": round(timer.tokens_per_second, 1),
+        "world_size": trainer.world_size,
+    }

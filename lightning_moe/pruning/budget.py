@@ -1,0 +1,113 @@
+"""Budget: from scores to a plan, with exact counts."""
+
+# E experts
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.pruning.plan import PruningPlan
+from lightning_moe.pruning.scores import ExpertScores
+
+Scope = Literal["layer", "global"]
+
+MOST_RATIOS_NAMED = 12
+
+
+def make_plan(scores: ExpertScores, ratio: float, scope: Scope, floor: int | None = None) -> PruningPlan:
+    """Drop the experts with the lowest scores.
+
+    ``layer`` drops ``round(ratio * E)`` in every layer, ``global`` drops ``round(ratio * sum of E)`` in one order
+    over all layers (DiEP, eq. 11), where no layer goes below ``floor`` experts (default: what its router needs,
+    which is ``top_k``). Group-limited routers lose the same number in each group, so they drop in slices: the
+    lowest of every group together, at their mean score. Of equal scores the lower id stays.
+
+    Raises ``InputError`` when the ratio drops nothing, or more than the floors allow, with the ratios possible.
+    """
+    if not 0 < ratio < 1:
+        raise InputError(f"--ratio {ratio}: the fraction of experts to drop must lie between 0 and 1, both excluded.")
+    slices = {shape.name: _slices(shape, scores.scores[shape.name].tolist()) for shape in scores.shapes}
+    most = {shape.name: _most_slices(shape, floor) for shape in scores.shapes}
+    if scope == "layer":
+        drops = {shape.name: _layer_slices(shape, ratio, most[shape.name]) for shape in scores.shapes}
+    else:
+        drops = _global_slices(scores, ratio, slices, most)
+    keep = {}
+    for shape in scores.shapes:
+        dropped = {expert for _, experts in slices[shape.name][: drops[shape.name]] for expert in experts}
+        keep[shape.name] = [expert for expert in range(shape.num_experts) if expert not in dropped]
+    made_by = {"method": scores.method, **scores.settings, "ratio": ratio, "scope": scope, "floor": floor}
+    return PruningPlan(keep, scores.model_id, scores.data_fingerprint, made_by)
+
+
+def _slices(shape: LayerShape, scores: list[float]) -> list[tuple[float, list[int]]]:
+    """What can be dropped together, lowest first: single experts, or one of each group."""
+    groups = [
+        sorted(range(first, first + shape.group_size), key=lambda expert: (scores[expert], -expert))
+        for first in range(0, shape.num_experts, shape.group_size)
+    ]
+    return [
+        (sum(scores[expert] for expert in experts) / len(experts), list(experts))
+        for experts in zip(*groups, strict=True)
+    ]
+
+
+def _most_slices(shape: LayerShape, floor: int | None) -> int:
+    fewest = shape.fewest_per_group
+    if floor is not None:
+        if floor > shape.num_experts:
+            raise InputError(f"--floor {floor}: {shape.name} has only {shape.num_experts} experts.")
+        fewest = max(fewest, -(-floor // shape.num_groups))
+    return max(0, shape.group_size - fewest)
+
+
+def _layer_slices(shape: LayerShape, ratio: float, most: int) -> int:
+    count = _round(ratio * shape.group_size)
+    if 1 <= count <= most:
+        return count
+    possible = [drop / shape.group_size for drop in range(1, most + 1)]
+    where = f"{shape.name} ({shape.num_experts} experts, top_k={shape.top_k})"
+    raise InputError(_refusal(ratio, count * shape.num_groups, where, possible))
+
+
+def _global_slices(
+    scores: ExpertScores,
+    ratio: float,
+    slices: dict[str, list[tuple[float, list[int]]]],
+    most: dict[str, int],
+) -> dict[str, int]:
+    total = sum(shape.num_experts for shape in scores.shapes)
+    count = _round(ratio * total)
+    limit = sum(most[shape.name] * shape.num_groups for shape in scores.shapes)
+    step = max(shape.num_groups for shape in scores.shapes)
+    if not step <= count <= limit:
+        where = f"all {len(scores.shapes)} layers ({total} experts)"
+        raise InputError(_refusal(ratio, count, where, [drop / total for drop in range(step, limit + 1, step)]))
+    order = sorted(
+        (score, -shape.index, turn, shape)
+        for shape in scores.shapes
+        for turn, (score, _) in enumerate(slices[shape.name][: most[shape.name]])
+    )
+    drops = {shape.name: 0 for shape in scores.shapes}
+    for *_, shape in order:
+        if count >= shape.num_groups:
+            drops[shape.name] += 1
+            count -= shape.num_groups
+    return drops
+
+
+def _refusal(ratio: float, count: int, where: str, possible: list[float]) -> str:
+    if not possible:
+        return f"--ratio {ratio}: {where}: no expert can be dropped without going below the floor."
+    shown = [f"{value:.4g}" for value in possible]
+    if len(shown) > MOST_RATIOS_NAMED:
+        shown = [*shown[: MOST_RATIOS_NAMED // 2], "...", *shown[-MOST_RATIOS_NAMED // 2 :]]
+    what = "drops nothing" if count < 1 else f"drops {count}, more than the router and the floor allow"
+    return f"--ratio {ratio} {what} in {where}; possible ratios: {', '.join(shown)}."
+
+
+def _round(value: float) -> int:
+    """Half rounds up, as people expect; 1e-9 forgives ratios such as 0.29 that floats store from below."""
+    return int(value + 0.5 + 1e-9)

@@ -1,0 +1,65 @@
+"""PruningPlan: which experts stay. A small JSON file, to be read and edited by people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.errors import InputError
+from lightning_moe.files import write_json
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.surgery import check_keep
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The kept expert ids of each MoE layer, ascending, under the layer's path in the model."""
+
+    keep: dict[str, list[int]]
+    model_id: str | None = None
+    """The checkpoint it was made for; a plan without one fits any model with such layers."""
+    data_fingerprint: str | None = None
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, shapes: Sequence[LayerShape], model_id: str) -> None:
+        """Raise ``InputError`` unless the plan fits these layers of this model."""
+        check_keep(shapes, self.keep)
+        if self.model_id is not None and self.model_id.rpartition("@")[2] != model_id.rpartition("@")[2]:
+            raise InputError(
+                f"the plan was made for model {self.model_id}, this is {model_id}. To use it all the same, delete "
+                "its line `model_id`."
+            )
+
+    def save(self, file: Path) -> None:
+        value = {
+            "version": VERSION,
+            "model_id": self.model_id,
+            "data_fingerprint": self.data_fingerprint,
+            "made_by": self.made_by,
+            "keep": self.keep,
+        }
+        write_json(file, value)
+
+
+def load_plan(file: Path) -> PruningPlan:
+    """Read a plan; only ``keep`` is needed. Raises ``InputError`` with the place of the fault."""
+    if not file.is_file():
+        raise InputError(f"--plan {file}: no such file.")
+    try:
+        value = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--plan {file}: not JSON ({error}).") from error
+    if not isinstance(value, dict) or not isinstance(value.get("keep"), dict):
+        raise InputError(f'--plan {file}: no `keep` in it; expected {{"keep": {{"model.layers.0.mlp": [0, 2, ...]}}}}.')
+    if value.get("version", VERSION) != VERSION:
+        raise InputError(f"--plan {file}: version {value['version']}, this program reads {VERSION}.")
+    for name, ids in value["keep"].items():
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise InputError(f"--plan {file}: {name}: expected a list of expert ids, found {ids!r}.")
+    keep = {name: sorted(ids) for name, ids in value["keep"].items()}
+    return PruningPlan(keep, value.get("model_id"), value.get("data_fingerprint"), value.get("made_by") or {})

@@ -1,0 +1,69 @@
+"""ExpertScores: how much each expert matters, and how that was found."""
+
+# E experts
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_moe.criteria import Direction, get_criterion
+from lightning_moe.files import write_json
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.stats.store import ModelStats
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """Scores per layer, ``(E,)`` float64, higher means keep."""
+
+    model_id: str
+    data_fingerprint: str
+    method: str
+    shapes: Sequence[LayerShape]
+    scores: dict[str, Tensor]
+    comparable: bool = True
+    """False when a score is an order within its layer, so that comparing layers says nothing."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How they were made: direction, seed."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            **self.settings,
+            "comparable_across_layers": self.comparable,
+            "scores": {name: values.tolist() for name, values in self.scores.items()},
+        }
+
+
+def score_experts(stats: ModelStats, method: str, direction: Direction | None = None, seed: int = 0) -> ExpertScores:
+    """Score all experts of all layers by one criterion."""
+    criterion = get_criterion(method)
+    return ExpertScores(
+        stats.model_id,
+        stats.data_fingerprint,
+        method,
+        [layer.shape for layer in stats.layers],
+        {layer.shape.name: criterion.scores(layer, direction, seed) for layer in stats.layers},
+        criterion.comparable,
+        {"direction": direction or criterion.direction} | ({"seed": seed} if method == "random" else {}),
+    )
+
+
+def write_scores(file: Path, scores: Sequence[ExpertScores]) -> None:
+    """Write the scores of one or several methods on the same statistics."""
+    write_json(
+        file,
+        {
+            "version": VERSION,
+            "model_id": scores[0].model_id,
+            "data_fingerprint": scores[0].data_fingerprint,
+            "methods": {one.method: one.as_json() for one in scores},
+        },
+    )

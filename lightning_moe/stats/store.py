@@ -1,0 +1,61 @@
+"""Statistics on disk: one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_moe.errors import InputError
+from lightning_moe.files import replaced_file
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.stats.layer_stats import TENSORS, LayerStats
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """The statistics of all MoE layers, and where they come from."""
+
+    model_id: str
+    data_fingerprint: str
+    layers: Sequence[LayerStats]
+
+    def save(self, file: Path) -> None:
+        tensors = {
+            f"{layer.shape.name}:{name}": getattr(layer, name).contiguous() for layer in self.layers for name in TENSORS
+        }
+        metadata = {
+            "version": str(VERSION),
+            "model_id": self.model_id,
+            "data_fingerprint": self.data_fingerprint,
+            "layers": json.dumps([asdict(layer.shape) for layer in self.layers]),
+        }
+        with replaced_file(file) as beside:
+            save_file(tensors, beside, metadata=metadata)
+
+
+def load_stats(file: Path) -> ModelStats:
+    """Read statistics. Raises ``InputError`` for a missing, foreign or newer file."""
+    if not file.is_file():
+        raise InputError(f"--stats {file}: no such file; `lightning-moe score` writes one.")
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {}
+            if metadata.get("version") != str(VERSION):
+                found = metadata.get("version", "none")
+                raise InputError(f"--stats {file}: version {found}, this program reads {VERSION}; score again.")
+            layers = []
+            for fields in json.loads(metadata["layers"]):
+                shape = LayerShape(**fields)
+                tensors: dict[str, Tensor] = {name: stored.get_tensor(f"{shape.name}:{name}") for name in TENSORS}
+                layers.append(LayerStats(shape, **tensors))
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"--stats {file}: not a statistics file of this program ({error}).") from error
+    return ModelStats(metadata["model_id"], metadata["data_fingerprint"], layers)
