@@ -45,6 +45,12 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def looks_local(path: str) -> bool:
+    """Whether a path that does not exist can only have meant a file or folder here, not a name on a hub."""
+    parent = Path(path).parent
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path() and parent.exists())
+
+
 def write_json(target: Path, value: Any) -> None:
     """Write JSON with the same bytes for the same value."""
     with replaced_file(target) as file:

@@ -54,11 +54,12 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
     console = Console()
     run = RunFolder(out, "demo", {"model_id": model_id(str(MODEL))}, overwrite)
     calibration, validation = _text("calibration", CALIBRATION_WINDOWS), _text("validation", VALIDATION_WINDOWS)
-    console.print(f"[bold]1. Observe[/bold] the reference model, {MODEL}, on calibration text; score its experts.")
+    console.print("[bold]1. Observe[/bold] the reference model on calibration text; score its experts.")
     score(trainer, MoECausalLM(str(MODEL)), calibration, str(run.folder / "score"), overwrite)
-    console.print(f"[bold]2. Prune[/bold] it {len(RATIOS) * len(METHODS)} ways from these statistics, and save each smaller model.")
+    cuts = list(product(RATIOS, METHODS))
+    console.print(f"[bold]2. Prune[/bold] it {len(cuts)} ways from these statistics; save each smaller model.")
     folders = {"full": MODEL}
-    for ratio, (method, scope) in product(RATIOS, METHODS):
+    for ratio, (method, scope) in cuts:
         name = f"{method} {scope} {1 - ratio:.0%}"
         folder = run.folder / name.replace(" ", "-").replace("%", "")
         stats = str(run.folder / "score" / "stats.safetensors")
@@ -66,9 +67,7 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
         prune(trainer, MoECausalLM(str(MODEL)), TextDataModule(), str(folder), cut, stats, None, overwrite)
         folders[name] = folder / "model"
     uniform = {name: folder for name, folder in folders.items() if "global" not in name}
-    console.print(
-        f"[bold]3. Reload[/bold] the {len(uniform)} uniform ones in stock transformers, in a process of its own."
-    )
+    console.print(f"[bold]3. Reload[/bold] the {len(uniform)} uniform ones in stock transformers, in another process.")
     reloaded = _stock_reload(uniform, run.folder)
     console.print("[bold]4. Measure[/bold] each on validation text.")
     rows: dict[str, dict[str, Any]] = {}

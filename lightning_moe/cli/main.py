@@ -28,12 +28,13 @@ class OneLineParser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-        text = re.sub(r"Parser key \"?([\w.]+)\"?:", r"--\1:", text)
-        unknown = re.search(r"(?:[Uu]nrecognized arguments?:|does not accept option) '?-{0,2}([\w.-]+)", text)
+        commands = "|".join(MoECLI.subcommands())
+        text = re.sub(rf"arguments are required: (?:{commands})\.", "arguments are required: --", text)
+        unknown = re.search(r"(?:unrecognized arguments:|invalid choice:|accept option) '?([\w.-]+)", text)
         if unknown:
-            known = [option for action in self._actions for option in (action.option_strings or [action.dest])]
-            near = difflib.get_close_matches(f"--{unknown.group(1)}", known, n=1)
-            text += f" Did you mean {near[0]}?" if near else ""
+            known = [name for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
+            near = difflib.get_close_matches(unknown.group(1), map(str, known), n=1)
+            text += f". Did you mean {near[0]}?" if near else ""
         raise InputError(text)
 
 
@@ -80,8 +81,8 @@ def main(args: ArgsType = None) -> None:
 
 def quiet() -> None:
     """Leave out what other libraries say about themselves; our own lines and progress bars stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric", "huggingface_hub", "datasets", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_moe.errors import InputError, first_line
+from lightning_moe.files import looks_local
 
 DOCUMENT_SEPARATOR = "\n\n\n"
 """Two blank lines separate the documents of a ``.txt`` file."""
@@ -63,7 +64,7 @@ def read_domains(path: str, *, subset: str | None = None, split: str = "validati
             raise InputError(f"{path}: no text found; expected files ending in {', '.join(SUFFIXES)}.")
         for file in files:
             yield _read_file(file, file.relative_to(location).as_posix())
-    elif path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1:
+    elif looks_local(path) or path.endswith(SUFFIXES):
         raise InputError(f"{path}: no such file or folder.")
     else:
         yield _load_dataset(path, subset, split)

@@ -144,7 +144,7 @@ class MoECausalLM(LightningModule):
             for index, (loss, count) in sorted(self._domain_loss.items())
         }
         self._domain_loss.clear()
-        prefix = "val" if self.trainer.state.fn == "fit" else str(self.trainer.state.fn.value)
+        prefix = "val" if self.trainer.state.fn == "fit" else "validate" if self.trainer.validating else "test"
         total, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
         for index, (loss, count) in sums.items():
             self.log(f"{prefix}/perplexity/{domains[index]}", _perplexity(loss, count), rank_zero_only=True)

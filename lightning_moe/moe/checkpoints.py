@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_moe.errors import InputError, first_line
-from lightning_moe.files import replaced_folder
+from lightning_moe.files import looks_local, replaced_folder
 from lightning_moe.moe import non_uniform
 from lightning_moe.moe.layers import LayerShape, find_moe_layers
 from lightning_moe.moe.non_uniform import resize_moe_layers
@@ -56,7 +56,7 @@ def resolve(path: str) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"--model.path {path}: a file; give the folder that holds config.json.")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if looks_local(path):
         raise InputError(f"--model.path {path}: no such folder.")
     try:
         return Path(snapshot_download(path, ignore_patterns=["*.pth", "*.gguf", "original/*", "consolidated*"]))

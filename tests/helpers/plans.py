@@ -22,9 +22,7 @@ def non_uniform_plan(model: PreTrainedModel) -> Keep:
 
 def fewest_plan(model: PreTrainedModel) -> Keep:
     """As few as the router can do with: in our families two, or two in each of two groups."""
-    return {
-        layer.name: [1, 6] if layer.shape.num_groups == 1 else [1, 2, 6, 7] for layer in find_moe_layers(model)
-    }
+    return {layer.name: [1, 6] if layer.shape.num_groups == 1 else [1, 2, 6, 7] for layer in find_moe_layers(model)}
 
 
 def compose(first: Keep, second: Keep) -> Keep:
