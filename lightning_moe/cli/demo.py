@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 
+from lightning_moe.cli.display import show_perplexities
 from lightning_moe.cli.prune import Cut, prune
 from lightning_moe.cli.request import checkpoint_size
 from lightning_moe.cli.run_folder import RunFolder
@@ -74,9 +74,9 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
     for name, folder in folders.items():
         console.print(f"   {name}")
         rows[name] = measure(trainer, MoECausalLM(str(folder)), validation) | checkpoint_size(str(folder))
-        rows[name]["loaded by"] = "stock" if reloaded.get(name) else "lightning_moe"
-    console.print(_table(rows))
-    console.print(f"Perplexity on {rows['full']['tokens']} tokens; lower is better. Everything is in {run.folder}.")
+        rows[name]["loaded_by"] = "stock" if reloaded.get(name) else "lightning_moe"
+    show_perplexities(rows)
+    console.print(f"Measured on {rows['full']['tokens']:,} tokens. All models and figures are in {run.folder}.")
     run.finish({"models": rows})
 
 
@@ -102,22 +102,3 @@ def _stock_reload(folders: dict[str, Path], scratch: Path) -> dict[str, bool]:
             raise RuntimeError(f"{folder}: stock transformers gives other logits than this process")
     file.unlink()
     return same
-
-
-def _table(rows: dict[str, dict[str, Any]]) -> Table:
-    domains = list(rows["full"]["domains"])
-    table = Table(title="Reference model, full and pruned: perplexity per domain")
-    table.add_column("criterion scope kept", no_wrap=True)
-    for column in (*domains, "all", "params M", "MB", "tokens/s", "loaded by"):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            *(f"{row['domains'][domain]:.1f}" for domain in domains),
-            f"[bold]{row['perplexity']:.1f}[/bold]",
-            f"{row['parameters'] / 1e6:.2f}",
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['tokens_per_second']:.0f}",
-            row["loaded by"],
-        )
-    return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 
 from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path
@@ -12,15 +14,18 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import skeleton
 
 
-def evaluate(trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool) -> None:
+def evaluate(
+    trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool
+) -> dict[str, Any] | None:
     """Write evaluate.json: perplexity per domain and overall."""
     path = model_path(model)
     skeleton(path)
     asked = asked_model(model)
     run = RunFolder(out, "evaluate", asked | asked_data(data), overwrite)
     if run.finished:
-        return
+        return run.finished
     figures = measure(trainer, model, data)
-    if trainer.is_global_zero:
-        fingerprint = data.text.fingerprint
-        run.finish({"model_id": asked["model_id"], "data_fingerprint": fingerprint, **figures, **checkpoint_size(path)})
+    if not trainer.is_global_zero:
+        return None
+    origin = {"model_id": asked["model_id"], "data_fingerprint": data.text.fingerprint}
+    return run.finish(origin | figures | checkpoint_size(path))

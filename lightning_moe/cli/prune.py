@@ -52,7 +52,7 @@ def prune(
     stats_file: str | None,
     plan_file: str | None,
     overwrite: bool,
-) -> None:
+) -> dict[str, Any] | None:
     """Write plan.json and model/, and what led to them. One of text, statistics or plan is the source."""
     path = model_path(model)
     sources = {"--data.path": data.path, "--stats": stats_file, "--plan": plan_file}
@@ -80,17 +80,17 @@ def prune(
     run = RunFolder(out, "prune", asked_model(model) | asked, overwrite)
     target = run.folder / "model"
     if run.finished and target.is_dir():
-        return
+        return run.finished
     if plan is None:
         stats = stats or observe(trainer, model, data, run)
         if trainer.is_global_zero:
             plan = _plan_from(stats, cut, run)
     if plan is None:
-        return
+        return None
     plan.save(run.folder / "plan.json")
     started = time.perf_counter()
     compact_checkpoint(path, plan.keep, target)
-    run.finish(
+    return run.finish(
         {
             "model_id": identity,
             "data_fingerprint": plan.data_fingerprint,

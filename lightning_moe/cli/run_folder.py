@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from rich.console import Console
-from rich.table import Table
 
 from lightning_moe.errors import InputError
 from lightning_moe.files import write_json
@@ -42,11 +40,8 @@ class RunFolder:
                 f"--out {folder}: it holds the results of another `{command}` (other {', '.join(sorted(differs))}); "
                 "give another folder, or --overwrite true to replace them."
             )
-        self.finished = found if not overwrite else None
+        self.finished = found | {"repeated": True} if found is not None and not overwrite else None
         """The results, if this very request has been carried out here before."""
-        if self.finished:
-            self._say(self.finished)
-            Console().print("This very request was carried out here before; --overwrite true does it again.")
 
     @property
     def _results_file(self) -> Path:
@@ -63,8 +58,8 @@ class RunFolder:
         trainer.strategy.barrier("partial folder is ready")
         return folder
 
-    def finish(self, figures: Mapping[str, Any]) -> None:
-        """Write the results and print them: command, figures, what was asked, versions, seconds."""
+    def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the results and return them: command, figures, what was asked, versions, seconds."""
         results = {
             "command": self.command,
             **figures,
@@ -75,21 +70,7 @@ class RunFolder:
         for file in (self._results_file, self.folder / "summary.json"):
             write_json(file, results)
         shutil.rmtree(self.folder / ".partial", ignore_errors=True)
-        self._say(results)
-
-    def _say(self, results: Mapping[str, Any]) -> None:
-        """Print the figures, and where they are."""
-        table = Table(show_header=False, title=self.command, title_justify="left")
-        for name, value in results.items():
-            if name in ("command", "versions", "request", "methods", "models"):
-                continue
-            if isinstance(value, dict):
-                for inner, number in value.items():
-                    table.add_row(f"{name}: {inner}", _readable(number))
-            else:
-                table.add_row(name, _readable(value))
-        Console().print(table)
-        Console(soft_wrap=True).print(f"Results are in {self.folder}, figures in {self._results_file}.")
+        return results
 
     @staticmethod
     def _plain(value: Any) -> Any:
@@ -103,9 +84,3 @@ class RunFolder:
         except (OSError, json.JSONDecodeError):
             return None
         return value
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return f"{value:,}" if type(value) is int else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -17,19 +18,23 @@ from lightning_moe.pruning.scores import score_experts, write_scores
 from lightning_moe.stats.store import ModelStats, load_stats
 
 
-def score(trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool) -> None:
+def score(
+    trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool
+) -> dict[str, Any] | None:
     """Write stats.safetensors and scores.json."""
     path = model_path(model)
     layer_shapes(path)
     run = RunFolder(out, "score", asked_model(model) | asked_data(data) | {"seed": seed()}, overwrite)
     if run.finished and (run.folder / "stats.safetensors").is_file():
-        return
+        return run.finished
+    if overwrite and trainer.is_global_zero:
+        (run.folder / "stats.safetensors").unlink(missing_ok=True)
     stats = observe(trainer, model, data, run)
     if not trainer.is_global_zero:
-        return
+        return None
     methods = [score_experts(stats, criterion.name, seed=seed()) for criterion in criteria()]
     write_scores(run.folder / "scores.json", methods)
-    run.finish(
+    return run.finish(
         {
             "model_id": stats.model_id,
             "data_fingerprint": stats.data_fingerprint,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from lightning_moe.cli.demo import demo
+from lightning_moe.cli.display import show
 from lightning_moe.cli.evaluate import evaluate
 from lightning_moe.cli.prune import Cut, prune
 from lightning_moe.cli.score import score
@@ -29,7 +30,7 @@ class MoETrainer(Trainer):
             out: Run folder; gets stats.safetensors, scores.json and summary.json.
             overwrite: Replace the results of another request in that folder.
         """
-        score(self, model, datamodule, out, overwrite)
+        show(out, score(self, model, datamodule, out, overwrite))
 
     def prune(
         self,
@@ -63,7 +64,7 @@ class MoETrainer(Trainer):
             overwrite: Replace the results of another request in that folder.
         """
         cut = Cut(method, ratio, scope, direction, floor)
-        prune(self, model, datamodule, out, cut, stats, plan, overwrite)
+        show(out, prune(self, model, datamodule, out, cut, stats, plan, overwrite))
 
     def evaluate(self, model: MoECausalLM, datamodule: TextDataModule, out: str, overwrite: bool = False) -> None:
         """Measure perplexity on text, per file and overall.
@@ -74,7 +75,7 @@ class MoETrainer(Trainer):
             out: Run folder; gets evaluate.json and summary.json.
             overwrite: Replace the results of another request in that folder.
         """
-        evaluate(self, model, datamodule, out, overwrite)
+        show(out, evaluate(self, model, datamodule, out, overwrite))
 
     def demo(
         self, model: MoECausalLM, datamodule: TextDataModule, out: str = "runs/demo", overwrite: bool = False

@@ -80,6 +80,7 @@ class MoECausalLM(LightningModule):
             )
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()  # loading leaves it in evaluation mode, and Lightning keeps what it finds
         self.moe_layers = find_moe_layers(self.model)
 
     @property

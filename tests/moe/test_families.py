@@ -335,6 +335,27 @@ def test_a_pruned_model_equals_the_masked_one(family: str, plan: Callable[[PreTr
 
 
 @every_family
+@pytest.mark.parametrize("num_experts", [16, HIDDEN])
+def test_a_count_that_equals_a_width_confuses_nothing(family: str, num_experts: int, tmp_path: Path) -> None:
+    """16 is also the width of many experts, 32 that of the model."""
+    name = next(name for name in (*COUNT_NAMES[::-1],) if name in FAMILIES[family])
+    model = tiny_model(family, **{name: num_experts})
+    layers = find_moe_layers(model)
+    half = num_experts // 2
+    keep = {layer.name: [*range(1, half), *range(half + turn, num_experts)] for turn, layer in enumerate(layers)}
+    if family == "deepseek_v3":
+        keep = {name: [*range(turn, half), *range(half + turn, num_experts)] for turn, name in enumerate(keep)}
+    with masked(model, keep):
+        expected = logits_of(model)
+    smaller = pruned(model, keep)
+    torch.testing.assert_close(logits_of(smaller), expected, atol=1e-5, rtol=1e-5)
+    save_model(model, tmp_path / "full")
+    compact_checkpoint(str(tmp_path / "full"), keep, tmp_path / "out")
+    loaded = stock_load(tmp_path / "out")
+    assert_identical(loaded.state_dict(), smaller.state_dict())
+
+
+@every_family
 def test_a_mask_goes_when_the_forward_fails(family: str) -> None:
     model = tiny_model(family)
     expected, weights = logits_of(model), snapshot(model)

@@ -1,0 +1,416 @@
+"""Every criterion equals its slow reference, and obeys the laws of a score: higher means keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_moe.criteria import criteria, get_criterion
+from lightning_moe.criteria.registry import Direction, drop_order
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.pruning.scores import score_experts, write_scores
+from lightning_moe.stats.layer_stats import TENSORS, LayerStats
+from lightning_moe.stats.store import ModelStats
+from tests.helpers import reference
+from tests.helpers.reference import MEASURES, PAIR_MEASURES, RawLayer, SeenToken, Visit
+
+PAPER_DROPS: dict[str, Direction] = {
+    "ews": "max",
+    "rwn": "max",
+    "wsr": "max",
+    "ewn": "min",
+    "euf": "min",
+    "ecc": "max",
+    "evc": "min",
+    "ets": "max",
+    "eas": "max",
+    "eae": "min",
+    "eao": "min",
+    "ean": "min",
+    "reap": "min",
+    "reap-sum": "min",
+    "man": "min",
+    "msan": "min",
+    "seer": "min",
+    "trimming": "min",
+    "random": "min",
+}
+"""Which end goes first: the papers' tables, and our choice where they are silent (EWN, EAO)."""
+
+EVERY = [criterion.name for criterion in criteria()]
+DIRECTIONS: tuple[Direction, Direction] = ("min", "max")
+WIDTH, VOCAB = 12, 30
+
+every_criterion = pytest.mark.parametrize("name", EVERY)
+every_measure = pytest.mark.parametrize("name", MEASURES)
+every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
+
+
+def random_layer(seed: int, num_experts: int = 6, num_tokens: int = 40, top_k: int = 2) -> RawLayer:
+    """A layer whose experts are used unevenly; outputs have a direction and a size of their own per expert."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    liked, centres, sizes = normal(num_experts), normal(num_experts, WIDTH), normal(num_experts).exp()
+    tokens = []
+    for _ in range(num_tokens):
+        probabilities = reference.softmax((liked + normal(num_experts)).tolist())
+        chosen = sorted(range(num_experts), key=lambda expert: -probabilities[expert])[:top_k]
+        token_id = int(torch.randint(0, VOCAB, (), generator=generator))
+        visits = []
+        for expert in chosen:
+            output = sizes[expert] * (centres[expert] + normal(WIDTH) ** 3)
+            visits.append(Visit(expert, probabilities[expert], output.float().tolist()))
+        tokens.append(SeenToken(token_id, probabilities, visits))
+    shared = normal(5, 7)
+    matrices = [[shared + normal(5, 7), normal(7, 5)] for _ in range(num_experts)]
+    return RawLayer(num_experts, VOCAB, tokens, normal(num_experts, 9).tolist(), matrices)
+
+
+def stats_of(raw: RawLayer, index: int = 0) -> LayerStats:
+    values = reference.layer_stats(raw) | reference.weight_stats(raw)
+    tensors: dict[str, Any] = {
+        name: torch.tensor(values[name], dtype=torch.bool if name == "seen_EV" else torch.float64) for name in TENSORS
+    }
+    shape = LayerShape(f"model.layers.{index}.mlp", index, raw.num_experts, len(raw.tokens[0].visits))
+    return LayerStats(shape, **tensors)
+
+
+def permuted(stats: LayerStats, order: Sequence[int]) -> LayerStats:
+    """The statistics if expert ``order[i]`` had been number ``i``."""
+    moved: dict[str, Any] = {}
+    for name in TENSORS:
+        value = getattr(stats, name)
+        if name.endswith("_EE"):
+            moved[name] = value[order][:, order]
+        elif "_E" in name:
+            moved[name] = value[order]
+    return replace(stats, **moved)
+
+
+def assert_scores(found: Tensor, expected: Sequence[float]) -> None:
+    assert found.dtype == torch.float64 and found.shape == (len(expected),)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- the reference
+
+
+def test_every_criterion_has_a_reference() -> None:
+    assert set(EVERY) == {*MEASURES, *PAIR_MEASURES, "random"} == set(PAPER_DROPS)
+
+
+@every_measure
+@pytest.mark.parametrize("seed", range(3))
+def test_measures_equal_the_reference(name: str, seed: int) -> None:
+    raw = random_layer(seed)
+    expected = MEASURES[name](raw)
+    assert max(expected) - min(expected) > 1e-3  # otherwise being equal would say little
+    stats, criterion = stats_of(raw), get_criterion(name)
+    assert_scores(criterion.scores(stats, "min"), expected)
+    assert_scores(criterion.scores(stats, "max"), [-score for score in expected])
+    assert criterion.comparable
+
+
+@pytest.mark.parametrize("name", PAIR_MEASURES)
+@every_direction
+@pytest.mark.parametrize("seed", range(3))
+def test_pair_criteria_equal_the_reference(name: str, direction: Direction, seed: int) -> None:
+    raw = random_layer(seed)
+    turns = reference.drop_turns(PAIR_MEASURES[name](raw), reference.euf(raw), direction)
+    criterion = get_criterion(name)
+    assert_scores(criterion.scores(stats_of(raw), direction), [turn / raw.num_experts for turn in turns])
+    assert not criterion.comparable
+
+
+# ------------------------------------------------------------------------------------------------ the laws
+
+
+@every_criterion
+@every_direction
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(range(6)), seed=st.integers(0, 20))
+def test_permuting_experts_permutes_scores(name: str, direction: Direction, order: list[int], seed: int) -> None:
+    if name == "random":
+        return  # knows experts by their number only
+    stats = stats_of(random_layer(seed))
+    if name in PAIR_MEASURES:  # ties are decided by number: make every pair and every count another one
+        generator = torch.Generator().manual_seed(seed)
+        ranks = torch.randperm(36, generator=generator).double().view(6, 6).triu(1)
+        seen_EV = torch.zeros(6, 60, dtype=torch.bool)
+        free = 0
+        for p, q in ((p, q) for p in range(6) for q in range(p)):
+            size = p * (p - 1) // 2 + q  # each pair shares another number of ids
+            for _ in range(size):
+                if free < 60:
+                    seen_EV[[p, q], free] = True
+                free += 1
+        seen_EV = torch.cat([seen_EV, torch.zeros(6, 200, dtype=torch.bool)], dim=1)
+        free = 0
+        for size, (p, q) in enumerate((p, q) for p in range(6) for q in range(p)):
+            seen_EV[:, free : free + size] = False
+            seen_EV[p, free : free + size] = seen_EV[q, free : free + size] = True
+            free += size
+        count_E = torch.randperm(6, generator=generator).double() + 1
+        stats = replace(stats, together_EE=ranks + ranks.T, seen_EV=seen_EV, count_E=count_E)
+    criterion = get_criterion(name)
+    expected = criterion.scores(stats, direction)[order]
+    torch.testing.assert_close(criterion.scores(permuted(stats, order), direction), expected, atol=1e-12, rtol=1e-12)
+
+
+@every_measure
+def test_max_is_the_reverse_of_min(name: str) -> None:
+    stats, criterion = stats_of(random_layer(5)), get_criterion(name)
+    least, most = (criterion.scores(stats, direction).argsort().tolist() for direction in DIRECTIONS)
+    assert least == most[::-1]
+
+
+@every_criterion
+def test_the_default_is_what_the_paper_drops(name: str) -> None:
+    stats, criterion = stats_of(random_layer(6)), get_criterion(name)
+    assert criterion.direction == PAPER_DROPS[name]
+    assert torch.equal(criterion.scores(stats), criterion.scores(stats, PAPER_DROPS[name]))
+
+
+@every_measure
+@pytest.mark.parametrize("seed", range(3))
+def test_the_expert_at_the_papers_end_goes_first(name: str, seed: int) -> None:
+    raw = random_layer(seed)
+    measured = MEASURES[name](raw)
+    end = (min if PAPER_DROPS[name] == "min" else max)(measured)
+    assert get_criterion(name).scores(stats_of(raw)).argmin() == measured.index(end)
+
+
+@pytest.mark.parametrize("name", ["euf", "evc", "eae", "ean", "reap", "reap-sum", "man", "msan", "seer", "trimming"])
+def test_an_expert_that_does_less_of_everything_goes_first(name: str) -> None:
+    """Expert 2 is used half as often, on the same few tokens, and puts out a tenth."""
+    raw = random_layer(7)
+    twin = [token for token in raw.tokens if 2 in raw.chosen(token)][::2]
+    tokens = []
+    for token in raw.tokens:
+        visits = []
+        for visit in token.visits:
+            if visit.expert != 2:
+                visits.append(visit)
+            elif token in twin[:2]:
+                visits.append(Visit(2, visit.weight / 10, [x / 100 for x in visit.output]))
+            else:
+                visits.append(Visit(5, visit.weight, visit.output))
+        probabilities = [p / 20 if expert == 2 else p for expert, p in enumerate(token.probabilities)]
+        tokens.append(SeenToken(token.token_id, probabilities, visits))
+    weak = replace(raw, tokens=tokens)
+    assert MEASURES[name](weak)[2] == min(MEASURES[name](weak))
+    assert get_criterion(name).scores(stats_of(weak)).argmin() == 2
+
+
+@every_criterion
+@every_direction
+def test_scores_are_numbers_whatever_the_use(name: str, direction: Direction) -> None:
+    """Expert 5 was never used, expert 4 by one token; and no expert at all, as before any calibration."""
+    raw = random_layer(8, num_experts=4)
+    one = SeenToken(
+        3, [*raw.tokens[0].probabilities, 0.0, 0.0], [Visit(0, 0.5, [1.0] * WIDTH), Visit(4, 0.5, [2.0] * WIDTH)]
+    )
+    tokens = [replace(token, probabilities=[*token.probabilities, 0.0, 0.0]) for token in raw.tokens]
+    other = random_layer(8)
+    rare = stats_of(replace(other, tokens=[*tokens, one]))
+    assert rare.count_E.tolist()[4:] == [1, 0]
+    nothing = replace(rare, **{n: torch.zeros_like(getattr(rare, n)) for n in TENSORS})
+    for stats in (rare, nothing):
+        scores = get_criterion(name).scores(stats, direction)
+        assert scores.shape == (6,) and scores.dtype == torch.float64
+        assert bool(scores.isfinite().all())
+    if name in {"euf", "evc", "ean", "reap", "reap-sum", "man", "msan", "seer"}:
+        assert get_criterion(name).scores(rare).argmin() == 5
+
+
+@every_criterion
+def test_scoring_leaves_the_statistics_alone(name: str) -> None:
+    stats = stats_of(random_layer(9))
+    before = {field: getattr(stats, field).clone() for field in TENSORS}
+    for direction in DIRECTIONS:
+        get_criterion(name).scores(stats, direction).zero_()
+    for field, value in before.items():
+        assert torch.equal(getattr(stats, field), value), field
+
+
+@pytest.mark.parametrize("field", ["gated_norm_E"])
+def test_damaged_statistics_are_refused(field: str) -> None:
+    stats = stats_of(random_layer(9))
+    broken = getattr(stats, field).clone()
+    broken[1] = float("nan")
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp.*reap.*not finite"):
+        get_criterion("reap").scores(replace(stats, **{field: broken}))
+
+
+# -------------------------------------------------------------------------------------------------- pairs
+
+
+@every_direction
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_experts=st.integers(1, 7))
+def test_the_drop_order_is_the_loop_of_the_paper(direction: Direction, data: st.DataObject, num_experts: int) -> None:
+    """Small whole numbers, so that pairs and counts tie."""
+    draw = st.lists(st.integers(0, 4), min_size=num_experts, max_size=num_experts)
+    upper = torch.tensor([data.draw(draw) for _ in range(num_experts)], dtype=torch.float64).triu(1)
+    counts = data.draw(draw)
+    pairs = upper + upper.T + torch.diag(torch.full((num_experts,), 9.0, dtype=torch.float64))
+    found = drop_order(pairs, torch.tensor(counts, dtype=torch.float64), direction)
+    assert found.tolist() == reference.drop_turns(pairs.tolist(), counts, direction)
+    assert sorted(found.tolist()) == list(range(num_experts))
+
+
+def test_of_the_extreme_pair_the_less_used_goes() -> None:
+    """Experts 0 and 1 share most, 1 is used less: 1 goes. Then 0 and 2 share most, 2 is used less: 2 goes.
+    Then 0 and 3 are left: 0 is used less and goes, 3 stays."""
+    pairs = torch.tensor([[0, 9, 5, 1], [9, 0, 7, 2], [5, 7, 0, 3], [1, 2, 3, 0]], dtype=torch.float64)
+    counts = torch.tensor([20.0, 10.0, 15.0, 30.0], dtype=torch.float64)
+    assert drop_order(pairs, counts, "max").tolist() == [2, 0, 1, 3]
+    # The least shared pair is 0 and 3: 0 goes. Then 1 and 3: 1 goes. Then 2 and 3: 2 goes.
+    assert drop_order(pairs, counts, "min").tolist() == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------- random
+
+
+def test_random_is_reproducible_and_differs_between_layers() -> None:
+    layers = [replace(stats_of(random_layer(1)), shape=LayerShape(f"l.{i}", i, 6, 2)) for i in range(3)]
+    scores = get_criterion("random").scores
+    for layer in layers:
+        assert torch.equal(scores(layer, None, 7), scores(layer, None, 7))
+        assert not torch.equal(scores(layer, None, 7), scores(layer, None, 8))
+    assert not torch.equal(scores(layers[0]), scores(layers[1]))
+    assert not torch.equal(scores(layers[1]), scores(layers[2]))
+
+
+def test_random_knows_nothing_of_the_statistics() -> None:
+    one, other = stats_of(random_layer(1)), stats_of(random_layer(2))
+    assert torch.equal(get_criterion("random").scores(one), get_criterion("random").scores(other))
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+
+def by_hand() -> LayerStats:
+    """Three tokens at a layer of 3 experts, top-2, width 2.
+
+    token  expert: weight, output
+    A      0: 0.6, (3, 4)     1: 0.2, (0, 2)
+    B      0: 0.5, (6, 8)     1: 0.5, (1, 0)
+    C      0: 0.3, (0, 5)     2: 0.1, (5, 12)
+    """
+    tokens = [
+        SeenToken(1, [0.6, 0.2, 0.2], [Visit(0, 0.6, [3, 4]), Visit(1, 0.2, [0, 2])]),
+        SeenToken(2, [0.5, 0.5, 0.0], [Visit(0, 0.5, [6, 8]), Visit(1, 0.5, [1, 0])]),
+        SeenToken(1, [0.3, 0.6, 0.1], [Visit(0, 0.3, [0, 5]), Visit(2, 0.1, [5, 12])]),
+    ]
+    eye = torch.eye(2)
+    return stats_of(RawLayer(3, 4, tokens, [[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]], [[eye], [2 * eye], [eye]]))
+
+
+HANDS: dict[str, list[float]] = {
+    # tokens routed: 0 gets A, B, C; 1 gets A, B; 2 gets C
+    "euf": [3, 2, 1],
+    # weights renormalised over the two experts of a token: A 3/4, 1/4; B 1/2, 1/2; C 3/4, 1/4
+    # expert 0: (3/4 * 5 + 1/2 * 10 + 3/4 * 5) / 3 = 12.5 / 3; expert 1: (1/4 * 2 + 1/2 * 1) / 2 = 1/2
+    # expert 2: 1/4 * 13 / 1
+    "reap": [12.5 / 3, 0.5, 3.25],
+    "reap-sum": [12.5, 1.0, 3.25],
+    # expert 0: dimension 0 holds 3, 6, 0 -> sqrt 45; dimension 1 holds 4, 8, 5 -> sqrt 105
+    # expert 1: 0, 1 -> 1; 2, 0 -> 2. expert 2: 5; 12
+    "ean": [math.sqrt(45) + math.sqrt(105), 3, 17],
+    # (5 + 10 + 5) / 3; (2 + 1) / 2; 13
+    "man": [20 / 3, 1.5, 13],
+    # (25 + 100 + 25) / 3; (4 + 1) / 2; 169
+    "msan": [50, 2.5, 169],
+    # of 4 token ids: 0 saw 1 and 2, 1 saw 1 and 2, 2 saw 1
+    "evc": [0.5, 0.5, 0.25],
+    # probabilities of routed tokens: .6 + .5 + .3; .2 + .5; .1
+    "seer": [1.4, 0.7, 0.1],
+    # of all tokens: (.6 + .5 + .3) / 3; (.2 + .5 + .6) / 3; (.2 + 0 + .1) / 3
+    "trimming": [1.4 / 3, 1.3 / 3, 0.1],
+    # mean unit vectors: 0: ((.6, .8) + (.6, .8) + (0, 1)) / 3 = (.4, 2.6 / 3); 1: ((0, 1) + (1, 0)) / 2 = (.5, .5)
+    # 2: (5, 12) / 13. Cosines 01: .2 + 1.3 / 3 = 1.9 / 3; 02: (2 + 31.2 / 3) / 13 = 12.4 / 13; 12: 8.5 / 13
+    # The most alike is dropped first, so the score is the negative sum.
+    "eas": [-(1.9 / 3 + 12.4 / 13), -(1.9 / 3 + 8.5 / 13), -20.9 / 13],
+    # rows (1, 0), (0, 2), (3, 4), and the largest is dropped first
+    "rwn": [-1, -2, -5],
+    # identities: 0 and 2 alike, 1 twice as large; all point the same way, each sum of cosines is 2
+    "ewn": [math.sqrt(2), math.sqrt(8), math.sqrt(2)],
+    "ews": [-2, -2, -2],
+    "wsr": [-2, -2, -2],
+    # shared tokens: 01: 2, 02: 1, 12: 0. Pair 01 goes first and loses 1 (2 < 3); then 02 loses 2 (1 < 3)
+    "ecc": [2 / 3, 0, 1 / 3],
+    # shared ids: 01: {1, 2}, 02: {1}, 12: {1}. Pair 01 loses 1, pair 02 loses 2
+    "ets": [2 / 3, 0, 1 / 3],
+}
+
+
+@pytest.mark.parametrize("name", HANDS)
+def test_numbers_worked_by_hand(name: str) -> None:
+    assert_scores(get_criterion(name).scores(by_hand()), HANDS[name])
+
+
+def test_an_outlier_by_hand() -> None:
+    """Eleven ones and one 13: mean 2, variance (11 * 1 + 121) / 12 = 11, and 13 - 2 = 11 > 3 sqrt(11) = 9.95.
+    With 9 ones: mean 2.2, variance 12.96, 3 std = 10.8 = 13 - 2.2: on the limit is not beyond it."""
+    for ones, found in ((11, 1), (8, 0)):
+        tokens = [SeenToken(0, [1.0], [Visit(0, 1.0, [1.0] * ones + [13.0])])]
+        raw = RawLayer(1, 1, tokens, [[1.0]], [[torch.eye(2)]])
+        assert get_criterion("eao").scores(stats_of(raw)).tolist() == [found]
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("reep", "reap"), ("REAP", "reap"), ("reap_sum", "reap-sum"), ("randon", "random")]
+)
+def test_an_unknown_name_is_refused_with_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        get_criterion(wrong)
+    message = str(refusal.value)
+    assert wrong in message and f"Did you mean '{near}'?" in message and "\n" not in message
+    assert all(name in message for name in EVERY)
+
+
+def test_a_name_like_no_other_is_refused_with_all() -> None:
+    with pytest.raises(InputError) as refusal:
+        get_criterion("zzzzzz")
+    assert "Did you mean" not in str(refusal.value) and ", ".join(sorted(EVERY)) in str(refusal.value)
+
+
+@every_criterion
+def test_every_criterion_says_what_it_is(name: str) -> None:
+    assert len(get_criterion(name).summary) > 20
+
+
+# ------------------------------------------------------------------------------------------ of whole models
+
+
+def test_the_scores_of_a_model_are_those_of_its_layers(tmp_path: Path) -> None:
+    layers = [stats_of(random_layer(1), 1), stats_of(random_layer(2, num_experts=4), 3)]
+    stats = ModelStats("tiny@01", "data@23", layers)
+    for name in EVERY:
+        for direction in (None, *DIRECTIONS):
+            scores = score_experts(stats, name, direction, seed=5)
+            assert (scores.model_id, scores.data_fingerprint, scores.method) == ("tiny@01", "data@23", name)
+            assert list(scores.shapes) == [layer.shape for layer in layers]
+            assert scores.settings["direction"] == (direction or PAPER_DROPS[name])
+            for layer in layers:
+                expected = get_criterion(name).scores(layer, direction, 5)
+                assert torch.equal(scores.scores[layer.shape.name], expected)
+    write_scores(tmp_path / "scores.json", [score_experts(stats, name) for name in EVERY])
+    assert all(f'"{name}"' in (tmp_path / "scores.json").read_text() for name in EVERY)
