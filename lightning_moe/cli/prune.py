@@ -19,7 +19,7 @@ from lightning_moe.criteria import Direction, criteria, get_criterion
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, model_id
+from lightning_moe.moe.checkpoints import layer_shapes, model_id, resolve
 from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import Scope, make_plan
@@ -77,8 +77,10 @@ def prune(
             stats = _known_stats(stats_file, identity, shapes)
         source = {"stats": stats.data_fingerprint} if stats is not None else asked_data(data)
         asked = cut.asked() | source
+    target = Path(out) / "model"
+    if target.resolve() == resolve(path).resolve():
+        raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
     run = RunFolder(out, "prune", asked_model(model) | asked, overwrite)
-    target = run.folder / "model"
     if run.finished and target.is_dir():
         return run.finished
     if plan is None:

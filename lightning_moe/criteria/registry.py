@@ -33,7 +33,7 @@ class Criterion:
 
     def scores(self, stats: LayerStats, direction: Direction | None = None, seed: int = 0) -> Tensor:
         """Score the experts of a layer: ``(E,)``, float64, higher means keep."""
-        scores_E = self.function(stats, direction or self.direction, seed).double()
+        scores_E = self.function(stats, direction or self.direction, seed).double().clone()
         if not bool(scores_E.isfinite().all()):
             raise InputError(f"{stats.shape.name}: criterion {self.name} is not finite; were the statistics damaged?")
         return scores_E

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -127,11 +126,18 @@ def model_id(path: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, by name; safetensors if there are any."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise InputError(f"--model.path {folder}: no weights in it (*.safetensors or pytorch_model*.bin).")
-    return files
+    """The weight files that transformers reads from a folder: an index names them, or there is just one."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            for file in files:
+                if not file.is_file():
+                    raise InputError(f"--model.path {folder}: {file.name} is missing; the checkpoint is incomplete.")
+            return files
+        if (folder / name).is_file():
+            return [folder / name]
+    raise InputError(f"--model.path {folder}: no weights in it (model.safetensors or its index).")
 
 
 def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
@@ -163,24 +169,33 @@ def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = Non
     """Write ``model`` (and the tokenizer found at ``tokenizer``) to ``target``, beside it first, then renamed.
 
     Uniform models become stock checkpoints. Non-uniform ones carry transformers' ``per_layer_config`` and the code
-    that ``trust_remote_code=True`` needs.
+    that ``trust_remote_code=True`` needs. Another ``dtype`` leaves in float32 what transformers keeps so.
     """
     with replaced_folder(target) as folder:
         if dtype is not None:
-            model = copy.deepcopy(model).to(getattr(torch, dtype))
-            model.config.dtype = getattr(torch, dtype)
-        model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        add_modelling_file(config, folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_model(model, folder)
+            model = type(model).from_pretrained(folder, dtype=getattr(torch, dtype))
+            for file in folder.iterdir():
+                file.unlink()
+        write_model(model, folder)
         if tokenizer is not None:
             AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights, configs and, where it is needed, the modelling file into an existing folder."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    add_modelling_file(config, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def add_modelling_file(config: dict[str, Any], folder: Path) -> None:
     """Write the code of a non-uniform model into ``folder`` and name it in ``config``; undo both if uniform."""
     holder = config.get("text_config", config)
     file = folder / MODELLING_FILE
+    base = config["architectures"][0].removeprefix("NonUniform")
+    config["architectures"] = [base]
     if not holder.get("per_layer_config"):
         for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
             holder.pop(name, None)
@@ -188,8 +203,6 @@ def add_modelling_file(config: dict[str, Any], folder: Path) -> None:
             del config["auto_map"]
         file.unlink(missing_ok=True)
         return
-    base = config["architectures"][0].removeprefix("NonUniform")
-    config["architectures"] = [base]
     config["auto_map"] = {"AutoModelForCausalLM": f"{file.name.removesuffix('.py')}.NonUniform{base}"}
     code = Path(non_uniform.__file__).read_text()
     file.write_text(

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_folder
@@ -23,9 +24,9 @@ from lightning_moe.moe.checkpoints import (
     add_modelling_file,
     load_model,
     resolve,
-    save_model,
     skeleton,
     weight_files,
+    write_model,
 )
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import COUNT_NAMES
@@ -33,6 +34,8 @@ from lightning_moe.moe.surgery import check_keep, keep_experts, set_counts
 
 SHARD_BYTES = 4 << 30
 """Largest weight file written, and about the most memory used."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -65,19 +68,26 @@ def compact_checkpoint(
     if files[0].suffix == ".bin":  # old checkpoints: no reading by tensor, so through memory
         loaded = load_model(source)
         keep_experts(loaded, keep)
-        save_model(loaded, target, source)
+        with replaced_folder(target) as beside:
+            _copy_companions(folder, beside)
+            write_model(loaded, beside)
         return
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
     cuts = _find_cuts(files, by_index)
     set_counts(model.config, {shape.index: len(by_index[shape.index][1]) for shape in shapes})
     with replaced_folder(target) as beside:
-        for file in folder.iterdir():
-            if file.is_file() and file not in files and not file.name.endswith((".index.json", ".bin", ".pth")):
-                shutil.copy(file, beside)
+        _copy_companions(folder, beside)
         _write_shards(_kept_tensors(files, cuts), beside, shard_bytes)
-        config = _with_counts(json.loads((folder / "config.json").read_text()), model.config.to_dict())
+        config = _with_counts(json.loads((folder / "config.json").read_text()), model.config)
         add_modelling_file(config, beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy_companions(folder: Path, target: Path) -> None:
+    """Copy what lies beside the weights: tokenizer, generation config, chat template; no weights of other formats."""
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.endswith((".index.json", *WEIGHT_SUFFIXES)):
+            shutil.copy(file, target)
 
 
 def _find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, _Cut]:
@@ -167,19 +177,22 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _with_counts(raw: dict[str, Any], settled: dict[str, Any]) -> dict[str, Any]:
+def _with_counts(raw: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     """The config as it lay on disk, with only the counts of experts changed."""
-    holder, source = (raw["text_config"], settled["text_config"]) if "text_config" in raw else (raw, settled)
+    holder, settled = raw.get("text_config", raw), config.get_text_config().to_dict()
     for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
-        if source.get(name):
-            holder[name] = source[name]
+        if settled.get(name):
+            holder[name] = settled[name]
         else:
             holder.pop(name, None)
+    for alias, name in config.get_text_config().attribute_map.items():
+        if name in COUNT_NAMES:
+            holder.pop(alias, None)  # two names for one count would contradict each other
     for name in COUNT_NAMES:
-        if isinstance(source.get(name), int):
-            holder[name] = source[name]
+        if isinstance(settled.get(name), int):
+            holder[name] = settled[name]
     if "output_router_logits" in holder:
-        holder["output_router_logits"] = source.get("output_router_logits", False)
+        holder["output_router_logits"] = settled.get("output_router_logits", False)
     if "architectures" not in raw:
-        raw["architectures"] = settled.get("architectures")
+        raw["architectures"] = config.architectures
     return raw

@@ -57,7 +57,12 @@ def keep_experts(model: PreTrainedModel, keep: Mapping[str, Sequence[int]]) -> N
     for layer in layers:
         if len(keep.get(layer.name, ())) not in (0, layer.num_experts):
             keep_in_block(layer.parts, keep[layer.name])
-    set_counts(model.config, {layer.parts.index: layer.num_experts for layer in layers})
+    counts = {layer.parts.index: layer.num_experts for layer in layers}
+    set_counts(model.config, counts)
+    if len(set(counts.values())) == 1:
+        for name in COUNT_NAMES:  # the model's own balance loss reads its count from the model
+            if isinstance(getattr(model, name, None), int):
+                setattr(model, name, layers[0].num_experts)
 
 
 def count_name(config: PreTrainedConfig) -> str:
@@ -70,6 +75,7 @@ def set_counts(config: PreTrainedConfig, counts: Mapping[int, int]) -> None:
     """Write the number of experts of each MoE decoder layer into ``config``."""
     text_config = config.get_text_config()
     text_config.per_layer_config = None
+    vars(text_config).pop("allow_global_per_layer_attribute_access", None)
     name = count_name(text_config)
     if len(set(counts.values())) == 1:
         setattr(text_config, name, next(iter(counts.values())))

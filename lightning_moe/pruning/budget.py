@@ -21,8 +21,8 @@ def make_plan(scores: ExpertScores, ratio: float, scope: Scope, floor: int | Non
 
     ``layer`` drops ``round(ratio * E)`` in every layer, ``global`` drops ``round(ratio * sum of E)`` in one order
     over all layers (DiEP, eq. 11), where no layer goes below ``floor`` experts (default: what its router needs,
-    which is ``top_k``). Group-limited routers lose the same number in each group, so they drop in slices: the
-    lowest of every group together, at their mean score. Of equal scores the lower id stays.
+    which is ``top_k``). Group-limited routers lose the same number in each group, so they drop in whole slices, the
+    lowest of every group together at their mean score, and never more than asked. Of equal scores the lower id stays.
 
     Raises ``InputError`` when the ratio drops nothing, or more than the floors allow, with the ratios possible.
     """
@@ -67,7 +67,7 @@ def _layer_slices(shape: LayerShape, ratio: float, most: int) -> int:
     count = _round(ratio * shape.group_size)
     if 1 <= count <= most:
         return count
-    possible = [drop / shape.group_size for drop in range(1, most + 1)]
+    possible = [_named_ratio(drop, shape.group_size) for drop in range(1, most + 1)]
     where = f"{shape.name} ({shape.num_experts} experts, top_k={shape.top_k})"
     raise InputError(_refusal(ratio, count * shape.num_groups, where, possible))
 
@@ -84,7 +84,9 @@ def _global_slices(
     step = max(shape.num_groups for shape in scores.shapes)
     if not step <= count <= limit:
         where = f"all {len(scores.shapes)} layers ({total} experts)"
-        raise InputError(_refusal(ratio, count, where, [drop / total for drop in range(step, limit + 1, step)]))
+        raise InputError(
+            _refusal(ratio, count, where, [_named_ratio(drop, total) for drop in range(step, limit + 1, step)])
+        )
     order = sorted(
         (score, -shape.index, turn, shape)
         for shape in scores.shapes
@@ -98,14 +100,20 @@ def _global_slices(
     return drops
 
 
-def _refusal(ratio: float, count: int, where: str, possible: list[float]) -> str:
+def _refusal(ratio: float, count: int, where: str, possible: list[str]) -> str:
     if not possible:
         return f"--ratio {ratio}: {where}: no expert can be dropped without going below the floor."
-    shown = [f"{value:.4g}" for value in possible]
+    shown = possible
     if len(shown) > MOST_RATIOS_NAMED:
         shown = [*shown[: MOST_RATIOS_NAMED // 2], "...", *shown[-MOST_RATIOS_NAMED // 2 :]]
     what = "drops nothing" if count < 1 else f"drops {count}, more than the router and the floor allow"
     return f"--ratio {ratio} {what} in {where}; possible ratios: {', '.join(shown)}."
+
+
+def _named_ratio(drop: int, total: int) -> str:
+    """A short number that, given as a ratio, drops exactly ``drop`` of ``total``."""
+    names = (f"{drop / total:.{digits}g}" for digits in range(4, 18))
+    return next(name for name in names if _round(float(name) * total) == drop)
 
 
 def _round(value: float) -> int:

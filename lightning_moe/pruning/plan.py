@@ -58,6 +58,8 @@ def load_plan(file: Path) -> PruningPlan:
         raise InputError(f'--plan {file}: no `keep` in it; expected {{"keep": {{"model.layers.0.mlp": [0, 2, ...]}}}}.')
     if value.get("version", VERSION) != VERSION:
         raise InputError(f"--plan {file}: version {value['version']}, this program reads {VERSION}.")
+    if not isinstance(value.get("model_id"), str | None):
+        raise InputError(f"--plan {file}: model_id must be a name, not {value['model_id']!r}; its line can be deleted.")
     for name, ids in value["keep"].items():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise InputError(f"--plan {file}: {name}: expected a list of expert ids, found {ids!r}.")

@@ -77,12 +77,17 @@ class Observation:
         """Go on from saved sums."""
         for layer, stats in zip(self.layers, self.stats, strict=True):
             for name in stats.names:
-                setattr(stats, name, sums[f"{layer.name}:{name}"])
+                setattr(stats, name, sums[f"{layer.name}:{name}"].clone())
+            stats._computed = None  # or torchmetrics would answer from its cache
 
     def compute(self) -> list[LayerStats]:
         """All layers' statistics, on the CPU; every rank must call it."""
         result = []
         for layer, stats in zip(self.layers, self.stats, strict=True):
-            sums: dict[str, Tensor] = {name: value.cpu() for name, value in stats.compute().items()}
+            sums: dict[str, Tensor] = {
+                # torchmetrics squeezes the statistics of a single expert to scalars
+                name: value.reshape(getattr(stats, name).shape).cpu()
+                for name, value in stats.compute().items()
+            }
             result.append(LayerStats(layer.shape, **sums, **weight_stats(layer)))
         return result

@@ -56,6 +56,6 @@ def load_stats(file: Path) -> ModelStats:
                 shape = LayerShape(**fields)
                 tensors: dict[str, Tensor] = {name: stored.get_tensor(f"{shape.name}:{name}") for name in TENSORS}
                 layers.append(LayerStats(shape, **tensors))
+            return ModelStats(metadata["model_id"], metadata["data_fingerprint"], layers)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"--stats {file}: not a statistics file of this program ({error}).") from error
-    return ModelStats(metadata["model_id"], metadata["data_fingerprint"], layers)

@@ -22,13 +22,16 @@ def weight_stats(layer: MoELayer) -> dict[str, Tensor]:
     matrices = layer.expert_matrices
     for stack_EOI in matrices:
         flat = stack_EOI.detach().float().flatten(1)
+        finite_E = flat.isfinite().all(1)
+        if not bool(finite_E.all()):
+            broken = (~finite_E).nonzero().flatten().tolist()
+            raise InputError(
+                f"{layer.name}: the weights of experts {broken} are not finite; the checkpoint is damaged."
+            )
         dot_EE += (flat @ flat.T).double().cpu()
         for expert in range(num_experts):
             matrix = stack_EOI[expert].detach().float()
             rank_E[expert] += stable_rank(matrix) / len(matrices)
-    if not bool(dot_EE.isfinite().all()):
-        broken = (~dot_EE.diagonal().isfinite()).nonzero().flatten().tolist()
-        raise InputError(f"{layer.name}: the weights of experts {broken} are not finite; the checkpoint is damaged.")
     norm_E = dot_EE.diagonal().sqrt()
     return {
         "router_norm_E": layer.router_weight.detach().double().norm(dim=1).cpu(),
@@ -49,6 +52,8 @@ def largest_singular_value(matrix: Tensor) -> float:
 
     A full decomposition of Mixtral's 768 expert matrices takes hours; this takes seconds each.
     """
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T  # a wide band would need one column more than steps
     steps = min(LANCZOS_STEPS, *matrix.shape)
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)

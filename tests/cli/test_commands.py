@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
-from lightning_moe.criteria import criteria
+from lightning_moe.criteria import Direction, criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.moe import compaction
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.routing import mask_experts
+from lightning_moe.pruning.scores import score_experts
 from lightning_moe.stats.layer_stats import TENSORS
+from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.store import ModelStats, load_stats
 from tests.helpers.checkpoint import Commands, contents, read
 
@@ -213,12 +216,12 @@ def test_score_repeats_when_a_prune_has_replaced_its_statistics(
 
 def reference_losses(folder: Path, data: TextDataModule) -> dict[str, tuple[float, int]]:
     """Summed next-token loss and count of each domain, token by token, window by window, with stock transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder).double()
-    sums = {domain: (0.0, 0) for domain in data.text.domains}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sums = dict.fromkeys(data.text.domains, (0.0, 0))
     for row in range(len(data.text)):
         ids = data.text.tokens_NS[row, : int(data.text.lengths_N[row])].long()
         with torch.no_grad():
-            log_p = model(ids.unsqueeze(0)).logits[0].log_softmax(-1)
+            log_p = model(ids.unsqueeze(0)).logits[0].double().log_softmax(-1)
         domain = data.text.domains[int(data.text.domain_N[row])]
         for place in range(len(ids) - 1):
             loss, count = sums[domain]
@@ -304,10 +307,10 @@ def test_pruning_twice_prunes_the_pruned(run: Commands, checkpoint: Path, text: 
     assert read(tmp_path / "twice" / "prune.json")["kept_experts"] == dict.fromkeys(LAYERS, 3)
 
 
-def test_the_model_pruned_is_never_overwritten(run: Commands, checkpoint: Path, stats_file: Path, tmp_path: Path) -> None:
+def test_the_model_pruned_is_never_overwritten(
+    run: Commands, checkpoint: Path, stats_file: Path, tmp_path: Path
+) -> None:
     """``--out`` whose ``model/`` is the model itself would replace the user's only copy."""
-    import shutil
-
     shutil.copytree(checkpoint, tmp_path / "model")
     before = contents(tmp_path / "model")
     run("prune", *model_args(tmp_path / "model"), "--stats", stats_file, "--out", tmp_path)
@@ -363,7 +366,7 @@ def test_text_that_changed_is_another_request(run: Commands, checkpoint: Path, t
 
 def test_seed_changes_random_only(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for seed in (0, 1, 2):
-        args = ["--seed_everything", seed, "score", *model_args(checkpoint), *text_args(text)]
+        args = ["score", "--seed_everything", seed, *model_args(checkpoint), *text_args(text)]
         run.ok(*args, "--out", tmp_path / str(seed))
     scores = [read(tmp_path / str(seed) / "scores.json")["methods"] for seed in (0, 1, 2)]
     stats = [load_stats(tmp_path / str(seed) / "stats.safetensors") for seed in (0, 1, 2)]
@@ -375,33 +378,28 @@ def test_seed_changes_random_only(run: Commands, checkpoint: Path, text: Path, t
 
 @pytest.mark.parametrize("method", sorted(criterion.name for criterion in criteria()))
 def test_every_method_runs(run: Commands, checkpoint: Path, stats_file: Path, tmp_path: Path, method: str) -> None:
-    """In both scopes; and one direction drops first what the other drops last, where scores do not tie."""
-    plans = {}
-    for direction in ("min", "max"):
-        for scope in ("layer", "global"):
-            out = tmp_path / f"{direction}-{scope}"
-            cut = ("--method", method, "--direction", direction, "--scope", scope, "--ratio", 0.5)
-            run.ok("prune", *model_args(checkpoint), "--stats", stats_file, *cut, "--out", out)
-            keep = read(out / "plan.json")["keep"]
-            assert sum(map(len, keep.values())) == NUM_EXPERTS
-            assert all(len(ids) >= 2 for ids in keep.values())
-            assert read(out / "prune.json")["direction"] == direction
-            plans[direction, scope] = keep
-        assert all(len(ids) == 4 for ids in plans[direction, "layer"].values())
-    scores = read(tmp_path / "min-layer" / "scores.json")["methods"][method]["scores"]
-    for name, values in scores.items():
-        lowest_kept = min(values[expert] for expert in plans["min", "layer"][name])
-        dropped = set(range(NUM_EXPERTS)) - set(plans["min", "layer"][name])
-        assert lowest_kept >= max(values[expert] for expert in dropped)
-        if method != "random" and method not in ("ecc", "ets") and len(set(values)) == NUM_EXPERTS:
-            assert set(plans["max", "layer"][name]) == dropped
-    # The default direction is the registered one.
-    run.ok("prune", *model_args(checkpoint), "--stats", stats_file, "--method", method, "--out", tmp_path / "default")
+    """In both directions and scopes, and what it keeps are the highest of the scores it wrote."""
     default = next(criterion.direction for criterion in criteria() if criterion.name == method)
-    assert read(tmp_path / "default" / "plan.json")["keep"] == plans[default, "layer"]
+    other: Direction = "max" if default == "min" else "min"
+    for scope, direction in (("layer", None), ("global", other)):
+        out = tmp_path / scope
+        cut = ["--method", method, "--scope", scope, "--ratio", 0.5, *(["--direction", direction] if direction else [])]
+        run.ok("prune", *model_args(checkpoint), "--stats", stats_file, *cut, "--out", out)
+        assert read(out / "prune.json")["direction"] == (direction or default)
+        keep, written = read(out / "plan.json")["keep"], read(out / "scores.json")["methods"][method]
+        assert written["direction"] == (direction or default)
+        expected = score_experts(load_stats(stats_file), method, direction)
+        assert {name: scores.tolist() for name, scores in expected.scores.items()} == written["scores"]
+        assert sum(map(len, keep.values())) == NUM_EXPERTS
+        assert all(len(ids) == 4 if scope == "layer" else len(ids) >= 2 for ids in keep.values())
+        for name, scores in written["scores"].items():
+            dropped = set(range(NUM_EXPERTS)) - set(keep[name])
+            assert min(scores[expert] for expert in keep[name]) >= max(scores[expert] for expert in dropped)
 
 
-def test_pair_criteria_say_what_global_compares(run: Commands, checkpoint: Path, stats_file: Path, tmp_path: Path) -> None:
+def test_pair_criteria_say_what_global_compares(
+    run: Commands, checkpoint: Path, stats_file: Path, tmp_path: Path
+) -> None:
     args = ["prune", *model_args(checkpoint), "--stats", stats_file, "--scope", "global"]
     assert "order of dropping" in run.ok(*args, "--method", "ecc", "--out", tmp_path / "ecc").err
     assert run.ok(*args, "--method", "ean", "--out", tmp_path / "ean").err == ""
@@ -469,6 +467,61 @@ def test_a_killed_pass_continues(
     assert not (tmp_path / "killed" / ".partial").exists()
 
 
+def test_killed_after_the_last_batch(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, kill_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All batches are saved; the figures of the weights, which may take long, were not yet."""
+    args = ["score", *model_args(checkpoint), *text_args(text, batch_size=2)]
+    run.ok(*args, "--out", tmp_path / "whole")
+    state = kill_after(99)
+    with monkeypatch.context() as patch:
+
+        def die(observation: Observation) -> None:
+            raise Killed
+
+        patch.setattr(Observation, "compute", die)
+        with pytest.raises(Killed):
+            run(*args, "--out", tmp_path / "killed")
+    state["seen"] = 0
+    run.ok(*args, "--out", tmp_path / "killed")
+    assert state["seen"] == 0
+    whole, continued = (load_stats(tmp_path / name / "stats.safetensors") for name in ("whole", "killed"))
+    assert_equal_stats(whole, continued, exact=True)
+
+
+def test_a_killed_pass_continues_under_overwrite(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, kill_after: Any
+) -> None:
+    """The same command again continues, whatever its options."""
+    args = ["score", *model_args(checkpoint), *text_args(text, batch_size=2), "--overwrite", "true", "--out", tmp_path]
+    state = kill_after(6)
+    with pytest.raises(Killed):
+        run(*args)
+    state["armed"], state["seen"] = False, 0
+    run.ok(*args)
+    assert state["seen"] == 4
+
+
+def test_overwrite_does_it_again(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a refused repetition promises: not the old statistics under a new date."""
+    args = ["score", *model_args(checkpoint), *text_args(text), "--out", tmp_path]
+    run.ok(*args)
+    passes = Passes(monkeypatch)
+    run.ok(*args, "--overwrite", "true")
+    assert passes.batches == math.ceil(SAMPLES / 4)
+
+
+def test_statistics_of_another_dtype_are_not_reused(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.ok("score", *model_args(checkpoint), *text_args(text), "--out", tmp_path)
+    passes = Passes(monkeypatch)
+    run.ok("prune", *model_args(checkpoint), *text_args(text), "--model.dtype", "bfloat16", "--out", tmp_path)
+    assert passes.batches > 0
+
+
 def test_a_killed_pass_continues_with_another_batch_size(
     run: Commands, checkpoint: Path, text: Path, stats_file: Path, tmp_path: Path, kill_after: Any
 ) -> None:
@@ -514,9 +567,7 @@ def test_killed_while_writing_the_model(
     assert torch.equal(logits_of(tmp_path / "killed" / "model"), logits_of(tmp_path / "whole" / "model"))
 
 
-def test_a_real_kill_leaves_no_half_model(
-    run: Commands, checkpoint: Path, stats_file: Path, tmp_path: Path
-) -> None:
+def test_a_real_kill_leaves_no_half_model(run: Commands, checkpoint: Path, stats_file: Path, tmp_path: Path) -> None:
     """What SIGKILL leaves beside the target is cleared by the same command."""
     script = (
         "import os, sys\n"
@@ -559,6 +610,7 @@ def test_a_replaced_model_is_never_half_there(
     assert torch.equal(logits_of(tmp_path / "model"), before)
 
 
+@pytest.mark.slow
 def test_train_py_is_the_same_program(checkpoint: Path, text: Path, stats_file: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     args = [str(arg) for arg in ("score", *model_args(checkpoint), *text_args(text))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def random_layer(seed: int, num_experts: int = 6, num_tokens: int = 40, top_k: i
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    liked, centres, sizes = normal(num_experts), normal(num_experts, WIDTH), normal(num_experts).exp()
+    liked, centres, sizes = normal(num_experts) / 2, normal(num_experts, WIDTH), normal(num_experts).exp()
     tokens = []
     for _ in range(num_tokens):
         probabilities = reference.softmax((liked + normal(num_experts)).tolist())
@@ -98,6 +99,20 @@ def permuted(stats: LayerStats, order: Sequence[int]) -> LayerStats:
         elif "_E" in name:
             moved[name] = value[order]
     return replace(stats, **moved)
+
+
+def without_ties(stats: LayerStats, seed: int) -> LayerStats:
+    """The same, but each of the 15 pairs of 6 experts shares another number of tokens and of token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    together_EE = torch.zeros(6, 6, dtype=torch.float64)
+    seen = []
+    for shared, (p, q) in zip(torch.randperm(15, generator=generator).tolist(), combinations(range(6), 2), strict=True):
+        together_EE[p, q] = together_EE[q, p] = shared
+        column_E = torch.zeros(6, dtype=torch.bool)
+        column_E[[p, q]] = True
+        seen += [column_E] * shared
+    count_E = torch.randperm(6, generator=generator).double() + 1
+    return replace(stats, together_EE=together_EE, seen_EV=torch.stack(seen, dim=1), count_E=count_E)
 
 
 def assert_scores(found: Tensor, expected: Sequence[float]) -> None:
@@ -140,31 +155,14 @@ def test_pair_criteria_equal_the_reference(name: str, direction: Direction, seed
 
 @every_criterion
 @every_direction
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(order=st.permutations(range(6)), seed=st.integers(0, 20))
 def test_permuting_experts_permutes_scores(name: str, direction: Direction, order: list[int], seed: int) -> None:
     if name == "random":
         return  # knows experts by their number only
     stats = stats_of(random_layer(seed))
-    if name in PAIR_MEASURES:  # ties are decided by number: make every pair and every count another one
-        generator = torch.Generator().manual_seed(seed)
-        ranks = torch.randperm(36, generator=generator).double().view(6, 6).triu(1)
-        seen_EV = torch.zeros(6, 60, dtype=torch.bool)
-        free = 0
-        for p, q in ((p, q) for p in range(6) for q in range(p)):
-            size = p * (p - 1) // 2 + q  # each pair shares another number of ids
-            for _ in range(size):
-                if free < 60:
-                    seen_EV[[p, q], free] = True
-                free += 1
-        seen_EV = torch.cat([seen_EV, torch.zeros(6, 200, dtype=torch.bool)], dim=1)
-        free = 0
-        for size, (p, q) in enumerate((p, q) for p in range(6) for q in range(p)):
-            seen_EV[:, free : free + size] = False
-            seen_EV[p, free : free + size] = seen_EV[q, free : free + size] = True
-            free += size
-        count_E = torch.randperm(6, generator=generator).double() + 1
-        stats = replace(stats, together_EE=ranks + ranks.T, seen_EV=seen_EV, count_E=count_E)
+    if name in PAIR_MEASURES:  # ties are decided by number, so every pair and every count is another one
+        stats = without_ties(stats, seed)
     criterion = get_criterion(name)
     expected = criterion.scores(stats, direction)[order]
     torch.testing.assert_close(criterion.scores(permuted(stats, order), direction), expected, atol=1e-12, rtol=1e-12)
@@ -173,8 +171,9 @@ def test_permuting_experts_permutes_scores(name: str, direction: Direction, orde
 @every_measure
 def test_max_is_the_reverse_of_min(name: str) -> None:
     stats, criterion = stats_of(random_layer(5)), get_criterion(name)
-    least, most = (criterion.scores(stats, direction).argsort().tolist() for direction in DIRECTIONS)
-    assert least == most[::-1]
+    least, most = (criterion.scores(stats, direction).tolist() for direction in DIRECTIONS)
+    for p, q in combinations(range(6), 2):
+        assert (least[p] < least[q]) == (most[p] > most[q]) and (least[p] > least[q]) == (most[p] < most[q])
 
 
 @every_criterion
@@ -195,19 +194,19 @@ def test_the_expert_at_the_papers_end_goes_first(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["euf", "evc", "eae", "ean", "reap", "reap-sum", "man", "msan", "seer", "trimming"])
 def test_an_expert_that_does_less_of_everything_goes_first(name: str) -> None:
-    """Expert 2 is used half as often, on the same few tokens, and puts out a tenth."""
+    """Expert 2 keeps two of its tokens, a tenth of its weight and a hundredth of its output."""
     raw = random_layer(7)
-    twin = [token for token in raw.tokens if 2 in raw.chosen(token)][::2]
+    left = 2  # visits that expert 2 keeps; the others go to an expert of their own token's choice
     tokens = []
     for token in raw.tokens:
         visits = []
         for visit in token.visits:
-            if visit.expert != 2:
-                visits.append(visit)
-            elif token in twin[:2]:
-                visits.append(Visit(2, visit.weight / 10, [x / 100 for x in visit.output]))
-            else:
-                visits.append(Visit(5, visit.weight, visit.output))
+            if visit.expert == 2 and left:
+                visit = Visit(2, visit.weight / 10, [x / 100 for x in visit.output])
+                left -= 1
+            elif visit.expert == 2:
+                visit = replace(visit, expert=next(e for e in (5, 0) if e not in raw.chosen(token)))
+            visits.append(visit)
         probabilities = [p / 20 if expert == 2 else p for expert, p in enumerate(token.probabilities)]
         tokens.append(SeenToken(token.token_id, probabilities, visits))
     weak = replace(raw, tokens=tokens)
@@ -218,14 +217,11 @@ def test_an_expert_that_does_less_of_everything_goes_first(name: str) -> None:
 @every_criterion
 @every_direction
 def test_scores_are_numbers_whatever_the_use(name: str, direction: Direction) -> None:
-    """Expert 5 was never used, expert 4 by one token; and no expert at all, as before any calibration."""
-    raw = random_layer(8, num_experts=4)
-    one = SeenToken(
-        3, [*raw.tokens[0].probabilities, 0.0, 0.0], [Visit(0, 0.5, [1.0] * WIDTH), Visit(4, 0.5, [2.0] * WIDTH)]
-    )
-    tokens = [replace(token, probabilities=[*token.probabilities, 0.0, 0.0]) for token in raw.tokens]
-    other = random_layer(8)
-    rare = stats_of(replace(other, tokens=[*tokens, one]))
+    """Expert 5 got no token, expert 4 one; then no expert any, as before calibration."""
+    often = random_layer(8, num_experts=4)
+    tokens = [replace(token, probabilities=[*token.probabilities, 0.0, 0.0]) for token in often.tokens]
+    once = SeenToken(3, [0.4, 0, 0, 0, 0.5, 0.1], [Visit(4, 0.6, [2.0] * WIDTH), Visit(0, 0.4, [1.0] * WIDTH)])
+    rare = stats_of(replace(random_layer(8), tokens=[*tokens, once]))
     assert rare.count_E.tolist()[4:] == [1, 0]
     nothing = replace(rare, **{n: torch.zeros_like(getattr(rare, n)) for n in TENSORS})
     for stats in (rare, nothing):
@@ -237,7 +233,8 @@ def test_scores_are_numbers_whatever_the_use(name: str, direction: Direction) ->
 
 
 @every_criterion
-def test_scoring_leaves_the_statistics_alone(name: str) -> None:
+def test_scores_are_values(name: str) -> None:
+    """Whoever changes them in place does not change the statistics."""
     stats = stats_of(random_layer(9))
     before = {field: getattr(stats, field).clone() for field in TENSORS}
     for direction in DIRECTIONS:
@@ -246,20 +243,19 @@ def test_scoring_leaves_the_statistics_alone(name: str) -> None:
         assert torch.equal(getattr(stats, field), value), field
 
 
-@pytest.mark.parametrize("field", ["gated_norm_E"])
-def test_damaged_statistics_are_refused(field: str) -> None:
+def test_damaged_statistics_are_refused() -> None:
     stats = stats_of(random_layer(9))
-    broken = getattr(stats, field).clone()
-    broken[1] = float("nan")
+    gated_norm_E = stats.gated_norm_E.clone()
+    gated_norm_E[1] = float("nan")
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp.*reap.*not finite"):
-        get_criterion("reap").scores(replace(stats, **{field: broken}))
+        get_criterion("reap").scores(replace(stats, gated_norm_E=gated_norm_E))
 
 
 # -------------------------------------------------------------------------------------------------- pairs
 
 
 @every_direction
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), num_experts=st.integers(1, 7))
 def test_the_drop_order_is_the_loop_of_the_paper(direction: Direction, data: st.DataObject, num_experts: int) -> None:
     """Small whole numbers, so that pairs and counts tie."""
@@ -361,15 +357,6 @@ HANDS: dict[str, list[float]] = {
 @pytest.mark.parametrize("name", HANDS)
 def test_numbers_worked_by_hand(name: str) -> None:
     assert_scores(get_criterion(name).scores(by_hand()), HANDS[name])
-
-
-def test_an_outlier_by_hand() -> None:
-    """Eleven ones and one 13: mean 2, variance (11 * 1 + 121) / 12 = 11, and 13 - 2 = 11 > 3 sqrt(11) = 9.95.
-    With 9 ones: mean 2.2, variance 12.96, 3 std = 10.8 = 13 - 2.2: on the limit is not beyond it."""
-    for ones, found in ((11, 1), (8, 0)):
-        tokens = [SeenToken(0, [1.0], [Visit(0, 1.0, [1.0] * ones + [13.0])])]
-        raw = RawLayer(1, 1, tokens, [[1.0]], [[torch.eye(2)]])
-        assert get_criterion("eao").scores(stats_of(raw)).tolist() == [found]
 
 
 # ------------------------------------------------------------------------------------------------ by name

@@ -338,7 +338,7 @@ def test_a_pruned_model_equals_the_masked_one(family: str, plan: Callable[[PreTr
 @pytest.mark.parametrize("num_experts", [16, HIDDEN])
 def test_a_count_that_equals_a_width_confuses_nothing(family: str, num_experts: int, tmp_path: Path) -> None:
     """16 is also the width of many experts, 32 that of the model."""
-    name = next(name for name in (*COUNT_NAMES[::-1],) if name in FAMILIES[family])
+    name = next(name for name in COUNT_NAMES if name in FAMILIES[family])
     model = tiny_model(family, **{name: num_experts})
     layers = find_moe_layers(model)
     half = num_experts // 2
@@ -512,13 +512,14 @@ def test_a_saved_model_gives_the_same_logits(
 
 
 @every_family
-@pytest.mark.parametrize("shard_bytes", [4 << 30, 20_000], ids=["one file", "many files"])
-@every_plan
+@pytest.mark.parametrize(
+    ("plan", "shard_bytes"),
+    [(uniform_plan, 4 << 30), (non_uniform_plan, 4 << 30), (fewest_plan, 4 << 30), (non_uniform_plan, 20_000)],
+    ids=["uniform", "non-uniform", "fewest", "non-uniform, many files"],
+)
 def test_compaction_on_disk_equals_surgery_in_memory(
     family: str, plan: Callable[[PreTrainedModel], Keep], shard_bytes: int, tmp_path: Path
 ) -> None:
-    if shard_bytes < 1 << 20 and plan is fewest_plan:
-        pytest.skip("two plans are enough here")
     model = tiny_model(family)
     save_model(model, tmp_path / "full")
     (tmp_path / "full" / "tokenizer.json").write_text("{}")

@@ -1,0 +1,409 @@
+"""MoECausalLM: it learns, continues exactly, and its loss, schedule and groups are what they say."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_moe.cli.main import main
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
+from lightning_moe.modules.causal_lm import MoECausalLM, next_token_loss
+from lightning_moe.moe.checkpoints import save_model
+from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.stats.layer_stats import TENSORS
+from lightning_moe.stats.store import load_stats
+from tests.helpers.checkpoint import VOCAB, read, write_text
+from tests.helpers.families import tiny_batch, tiny_model
+
+CONFIG: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def trainer(folder: Path, *callbacks: Callback, checkpoints: bool = False, **kwargs: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=checkpoints,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+
+
+def training_text(checkpoint: Path, text: Path, **kwargs: Any) -> TextDataModule:
+    """9 windows: 3 batches an epoch."""
+    settings = {"seq_len": 16, "samples": 9, "batch_size": 3} | kwargs
+    return TextDataModule(str(text), tokenizer=str(checkpoint), **settings)
+
+
+class Record(Callback):
+    """What was logged, and the learning rate, at each step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def batch_of(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+
+
+def made(module: MoECausalLM) -> MoECausalLM:
+    module.configure_model()
+    return module
+
+
+def test_fit_of_a_new_model_learns(checkpoint: Path, tmp_path: Path) -> None:
+    """From random weights near the uniform loss to well below on text that repeats itself."""
+    file = write_text(tmp_path / "same.txt", ["The same words, again and again. " * 40])
+    seed_everything(0, verbose=False)
+    record = Record()
+    module = MoECausalLM(config=CONFIG, lr=1e-2, warmup_steps=2)
+    trainer(tmp_path, record, max_steps=30).fit(
+        module, training_text(checkpoint, file, seq_len=32, samples=None, batch_size=2)
+    )
+    assert record.losses[0] == pytest.approx(math.log(VOCAB), rel=0.1)
+    assert record.losses[-1] < record.losses[0] / 2
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_fit_of_a_pruned_model(checkpoint: Path, text: Path, tmp_path: Path, uniform: bool) -> None:
+    model = tiny_model("mixtral", vocab_size=VOCAB)
+    names = [layer.name for layer in find_moe_layers(model)]
+    keep = {names[0]: [0, 2, 5, 7], names[1]: [1, 2, 3, 6] if uniform else [1, 4, 6]}
+    keep_experts(model, keep)
+    save_model(model, tmp_path / "pruned", str(checkpoint))
+    module = MoECausalLM(str(tmp_path / "pruned"), lr=1e-3)
+    record = Record()
+    trainer(tmp_path, record, max_steps=9).fit(module, training_text(checkpoint, text))
+    assert record.losses[-1] < record.losses[0]
+    assert [layer.num_experts for layer in module.moe_layers] == [len(ids) for ids in keep.values()]
+    for layer in module.moe_layers:
+        assert bool(layer.router_weight.isfinite().all())
+
+
+def fit(
+    folder: Path, checkpoint: Path, text: Path, max_steps: int, ckpt_path: Path | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Weights after a fit whose checkpoints of every step are in ``folder``; the schedule is always of 8 steps."""
+    seed_everything(1, verbose=False)
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            trainer.should_stop = trainer.global_step >= max_steps
+
+    module = MoECausalLM(str(checkpoint), lr=3e-3, warmup_steps=2)
+    data = training_text(checkpoint, text, **kwargs)
+    trainer(folder, Stop(), saves, checkpoints=True, max_steps=8).fit(
+        module, data, ckpt_path=None if ckpt_path is None else str(ckpt_path)
+    )
+    return {name: tensor.detach().clone() for name, tensor in module.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_resumed_fit_equals_an_uninterrupted_one(checkpoint: Path, text: Path, tmp_path: Path, step: int) -> None:
+    """Bit by bit, from a checkpoint in the middle of an epoch (1, 4) or at its end (3, 6); an epoch has 3 steps."""
+    whole = fit(tmp_path / "whole", checkpoint, text, 8)
+    fit(tmp_path / "first", checkpoint, text, step)
+    resumed = fit(tmp_path / "second", checkpoint, text, 8, tmp_path / "first" / f"step={step}.ckpt")
+    start = MoECausalLM(str(checkpoint))
+    assert not torch.equal(whole["lm_head.weight"], made(start).network.state_dict()["lm_head.weight"])
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize(("warmup", "lowest"), [(0, 0.1), (4, 0.1), (3, 0.0), (12, 0.5)])
+def test_learning_rate(warmup: int, lowest: float) -> None:
+    module = MoECausalLM(config=CONFIG, warmup_steps=warmup, min_lr_ratio=lowest)
+    total = 12
+    factors = [module.lr_factor(step, total) for step in range(total + 1)]
+    # Linear up to 1 at the last step of warm-up ...
+    for step in range(warmup):
+        assert factors[step] == pytest.approx((step + 1) / warmup)
+    # ... then half a cosine from 1 down to the lowest, where it stays.
+    if warmup < total:
+        assert factors[warmup] == 1.0
+        middle = module.lr_factor((warmup + total) // 2, total) if (warmup + total) % 2 == 0 else None
+        if middle is not None:
+            assert middle == pytest.approx((1 + lowest) / 2)
+        assert all(a >= b for a, b in zip(factors[warmup:], factors[warmup + 1 :], strict=False))
+        assert factors[total] == pytest.approx(lowest)
+        assert module.lr_factor(10 * total, total) == pytest.approx(lowest)
+    assert all(0 <= factor <= 1 for factor in factors)
+
+
+def test_learning_rate_in_a_fit(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    record = Record()
+    module = MoECausalLM(str(checkpoint), lr=1e-3, warmup_steps=2, min_lr_ratio=0.1)
+    trainer(tmp_path, record, max_epochs=2).fit(module, training_text(checkpoint, text))
+    assert record.rates == pytest.approx([1e-3 * module.lr_factor(step, 6) for step in range(6)])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_decay_groups(tmp_path: Path, family: str, tied: bool) -> None:
+    """Matrices decay; norms, biases and embeddings do not; every weight is in one group."""
+    model = tiny_model(family, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    module = made(MoECausalLM(str(tmp_path / "model"), weight_decay=0.3))
+    groups: list[dict[str, Any]] = []
+
+    class Grab(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            groups.extend(trainer.optimizers[0].param_groups)
+
+    loader = torch.utils.data.DataLoader([{k: v[0] for k, v in batch_of(tiny_batch(1)).items()}])
+    trainer(tmp_path, Grab(), max_steps=1).fit(module, loader)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay)
+    assert decay.keys() == {id(p) for p in module.parameters()}
+    for name, parameter in module.named_parameters():
+        plain = parameter.dim() < 2 or "norm" in name or name.endswith("bias") or "embed" in name
+        assert decay[id(parameter)] == (0.0 if plain else 0.3), name
+
+
+def gradients(module: MoECausalLM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    module.network.train()
+    module.training_step(batch, 0).backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_changes_no_gradient(checkpoint: Path) -> None:
+    """Including those of the load-balance loss, whose routings are recorded once although layers run twice."""
+    ids = torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = [
+        gradients(made(MoECausalLM(str(checkpoint), load_balance=0.5, gradient_checkpointing=on)), batch_of(ids))
+        for on in (False, True)
+    ]
+    without = gradients(made(MoECausalLM(str(checkpoint), load_balance=0.0)), batch_of(ids))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+    routers = [name for name in without if "gate.weight" in name]
+    assert routers
+    for name in routers:  # the load-balance loss is really in it
+        assert not torch.allclose(found[0][name], without[name], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("source", ["path", "config"])
+def test_a_fit_trains_in_training_mode(checkpoint: Path, text: Path, tmp_path: Path, source: str) -> None:
+    """Transformers gives loaded models in evaluation mode, where dropout and gradient checkpointing are off."""
+    modes: list[bool] = []
+
+    class Modes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            modes.append(all(module.training for module in pl_module.modules()))
+
+    module = MoECausalLM(str(checkpoint)) if source == "path" else MoECausalLM(config=CONFIG)
+    data = training_text(checkpoint, text / "harbour.txt", val_path=str(text / "island.txt"))
+    trainer(tmp_path, Modes(), max_epochs=2).fit(module, data)
+    assert modes == [True] * 6
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_checkpointing_recomputes_in_a_fit(checkpoint: Path, text: Path, tmp_path: Path, on: bool) -> None:
+    """Each decoder layer runs a second time in the backward pass."""
+    module = made(MoECausalLM(str(checkpoint), gradient_checkpointing=on))
+    runs: list[str] = []
+    for layer in module.moe_layers:
+        layer.experts.register_forward_pre_hook(lambda *args, name=layer.name: runs.append(name))
+    trainer(tmp_path, max_steps=1).fit(module, training_text(checkpoint, text))
+    assert len(runs) == len(module.moe_layers) * (2 if on else 1)
+
+
+def test_gradient_checkpointing_is_on(checkpoint: Path) -> None:
+    assert made(MoECausalLM(str(checkpoint), gradient_checkpointing=True)).network.is_gradient_checkpointing
+    assert not made(MoECausalLM(str(checkpoint))).network.is_gradient_checkpointing
+
+
+def test_configure_model_is_done_once(checkpoint: Path) -> None:
+    module = made(MoECausalLM(str(checkpoint)))
+    model, layers = module.network, module.moe_layers
+    module.configure_model()
+    assert module.network is model
+    assert module.moe_layers is layers
+    assert MoECausalLM(str(checkpoint)).model is None  # nothing is loaded before it is asked for
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_dtype(checkpoint: Path, dtype: Any) -> None:
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    for module in (MoECausalLM(str(checkpoint), dtype=dtype), MoECausalLM(config=CONFIG, dtype=dtype)):
+        assert {p.dtype for p in made(module).parameters()} == {expected}
+
+
+def test_no_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="no model"):
+        made(MoECausalLM())
+    with pytest.raises(InputError, match="model_type"):
+        made(MoECausalLM(config={"hidden_size": 4}))
+
+
+def test_the_callers_config_is_not_changed() -> None:
+    config = dict(CONFIG)
+    made(MoECausalLM(config=config))
+    assert config == CONFIG
+
+
+def reference_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[list[float], list[int]]:
+    """Row by row and token by token: a token counts when it and the next one are real."""
+    losses, counts = [], []
+    for row in range(ids.shape[0]):
+        loss, count = 0.0, 0
+        for place in range(ids.shape[1] - 1):
+            if mask[row, place] and mask[row, place + 1]:
+                loss -= float(logits[row, place].double().log_softmax(-1)[ids[row, place + 1]])
+                count += 1
+        losses.append(loss)
+        counts.append(count)
+    return losses, counts
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(0, 99), st.booleans())
+def test_loss_equals_a_slow_reference(lengths: list[int], seed: int, left: bool) -> None:
+    """With padding at the right, as ours is, or at the left, as others' may be."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(lengths), 7, 11, generator=generator)
+    ids = torch.randint(0, 11, (len(lengths), 7), generator=generator)
+    mask = torch.stack([(torch.arange(7) < length).long() for length in lengths])
+    mask = mask.flip(-1) if left else mask
+    loss_B, count_B = next_token_loss(logits, batch_of(ids, mask))
+    losses, counts = reference_loss(logits, ids, mask)
+    assert count_B.tolist() == counts
+    torch.testing.assert_close(loss_B, torch.tensor(losses), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_no_loss(checkpoint: Path) -> None:
+    """A padded window, beside a blank one, has the loss it has alone."""
+    module = made(MoECausalLM(str(checkpoint))).eval()
+    ids = torch.randint(3, VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
+    alone, count = next_token_loss(module(batch_of(ids[:, :9])), batch_of(ids[:, :9]))
+    mask = torch.zeros(2, 16, dtype=torch.long)
+    mask[0, :9] = 1
+    padded = batch_of(torch.cat([ids, ids]), mask)
+    loss_B, count_B = next_token_loss(module(padded), padded)
+    torch.testing.assert_close(loss_B[0], alone[0], rtol=1e-5, atol=1e-5)
+    assert count_B.tolist() == [int(count[0]), 0]
+    assert loss_B[1].item() == 0.0
+
+
+def test_perplexity_does_not_depend_on_batches(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    found = []
+    for batch_size in (1, 4, 100):
+        run = trainer(tmp_path)
+        data = training_text(checkpoint, text, samples=11, batch_size=batch_size)
+        run.validate(MoECausalLM(str(checkpoint)), data, verbose=False)
+        found.append({name: float(value) for name, value in run.callback_metrics.items()})
+    assert found[0].keys() >= {"validate/perplexity/harbour", "validate/perplexity/island", "validate/tokens"}
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("loop", ["validate", "test"])
+def test_figures_of_each_loop(checkpoint: Path, text: Path, tmp_path: Path, loop: str) -> None:
+    run = trainer(tmp_path)
+    getattr(run, loop)(MoECausalLM(str(checkpoint)), training_text(checkpoint, text), verbose=False)
+    names = {"loss", "perplexity", "tokens", "perplexity/harbour", "perplexity/island"}
+    assert {f"{loop}/{name}" for name in names} == set(run.callback_metrics)
+    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert metrics[f"{loop}/perplexity"] == pytest.approx(math.exp(metrics[f"{loop}/loss"]), rel=1e-5)
+
+
+def test_validation_during_fit(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Its figures are those of the validation text, under ``val/``."""
+    data = training_text(checkpoint, text / "harbour.txt", val_path=str(text / "island.txt"))
+    run = trainer(tmp_path, max_epochs=1)
+    module = MoECausalLM(str(checkpoint), lr=0.0)
+    run.fit(module, data)
+    found = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+    other = trainer(tmp_path)
+    other.validate(MoECausalLM(str(checkpoint)), training_text(checkpoint, text / "island.txt"), verbose=False)
+    assert found == pytest.approx(
+        {name.replace("validate/", "val/"): float(value) for name, value in other.callback_metrics.items()}, rel=1e-5
+    )
+
+
+def test_predict_runs_the_decoder_alone(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    module = made(MoECausalLM(str(checkpoint)))
+    head: list[Any] = []
+    module.network.get_output_embeddings().register_forward_hook(lambda *args: head.append(args))
+    trainer(tmp_path).predict(module, datamodule=training_text(checkpoint, text), return_predictions=False)
+    assert not head
+
+
+def on_two_ranks(*args: object) -> None:
+    """Run a command on two processes of gloo."""
+    ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[2] / "train.py"), *map(str, [*args, *ranks])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=own | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["evaluate", "score"])
+def test_two_ranks_equal_one(checkpoint: Path, text: Path, tmp_path: Path, job: str) -> None:
+    """11 windows over 2 ranks with 2 each: the last step has blanks, the second rank never sees some domain's end."""
+    data = ["--data.path", text, "--data.seq_len", 16, "--data.samples", 11, "--data.batch_size", 2]
+    args = [job, "--model.path", checkpoint, *data]
+    main([str(arg) for arg in (*args, "--trainer.accelerator", "cpu", "--out", tmp_path / "1")])
+    on_two_ranks(*args, "--out", tmp_path / "2")
+    one, two = (read(tmp_path / str(ranks) / "summary.json") for ranks in (1, 2))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["tokens"] == two["tokens"]
+    assert one["request"] == two["request"]
+    assert not (tmp_path / "2" / ".partial").exists()
+    if job == "evaluate":
+        assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
+        assert two["domains"] == pytest.approx(one["domains"], rel=1e-6)
+        return
+    stats = [load_stats(tmp_path / str(ranks) / "stats.safetensors") for ranks in (1, 2)]
+    for left, right in zip(stats[0].layers, stats[1].layers, strict=True):
+        for name in TENSORS:
+            a, b = getattr(left, name).double(), getattr(right, name).double()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+    methods = [read(tmp_path / str(ranks) / "scores.json")["methods"] for ranks in (1, 2)]
+    assert methods[0].keys() == methods[1].keys()

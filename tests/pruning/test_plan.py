@@ -1,0 +1,123 @@
+"""A plan is a file for people: it comes back as it was, and each fault in it is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.pruning.plan import VERSION, PruningPlan, load_plan
+
+SHAPES = [
+    LayerShape("model.layers.0.mlp", 0, 4, 2),
+    LayerShape("model.layers.1.mlp", 1, 8, 2),
+    LayerShape("model.layers.2.mlp", 2, 8, 2, 2, 1),
+]
+KEEP = {"model.layers.0.mlp": [0, 3], "model.layers.1.mlp": [1, 2, 5], "model.layers.2.mlp": [0, 1, 6, 7]}
+MODEL = "tiny@0123456789ab"
+
+
+def written(tmp_path: Path, value: Any) -> Path:
+    file = tmp_path / "plan.json"
+    file.write_text(value if isinstance(value, str) else json.dumps(value))
+    return file
+
+
+def refusal(file: Path, model_id: str = MODEL) -> str:
+    """What is said of a plan, when it is read or when it is held against the model."""
+    with pytest.raises(InputError) as refused:
+        load_plan(file).check(SHAPES, model_id)
+    message = str(refused.value)
+    assert "\n" not in message and 20 < len(message) < 400
+    return message
+
+
+def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
+    made_by = {"method": "reap", "ratio": 0.5, "scope": "global", "floor": None, "direction": "min", "seed": 3}
+    plan = PruningPlan(KEEP, MODEL, "data@23", made_by)
+    plan.save(tmp_path / "new" / "plan.json")
+    loaded = load_plan(tmp_path / "new" / "plan.json")
+    assert loaded == plan
+    loaded.check(SHAPES, MODEL)
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "new" / "plan.json").read_bytes()
+    assert json.loads((tmp_path / "again.json").read_text())["version"] == VERSION
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "new"]
+
+
+def test_saving_replaces_what_was_there(tmp_path: Path) -> None:
+    file = written(tmp_path, "something else")
+    PruningPlan(KEEP).save(file)
+    assert load_plan(file) == PruningPlan(KEEP)
+
+
+def test_a_plan_by_hand_needs_keep_alone(tmp_path: Path) -> None:
+    """Ids in any order, any layers left out: those stay whole. It fits every model that has such layers."""
+    plan = load_plan(written(tmp_path, {"keep": {"model.layers.1.mlp": [5, 1, 2]}}))
+    assert plan == PruningPlan({"model.layers.1.mlp": [1, 2, 5]})
+    plan.check(SHAPES, MODEL)
+    plan.check(SHAPES, "another@ba9876543210")
+
+
+def test_a_plan_fits_its_model_wherever_that_lies(tmp_path: Path) -> None:
+    """The fingerprint says which model it is, not the name of the folder."""
+    plan = load_plan(written(tmp_path, {"keep": KEEP, "model_id": MODEL}))
+    plan.check(SHAPES, MODEL)
+    plan.check(SHAPES, "moved@0123456789ab")
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
+    message = refusal(written(tmp_path, {"keep": KEEP, "model_id": "other@ba9876543210"}))
+    assert "other@ba9876543210" in message and MODEL in message and "model_id" in message
+
+
+FAULTY_FILES: dict[str, tuple[Any, str]] = {
+    "empty": ("", "not JSON"),
+    "not JSON": ("{keep: }", "not JSON"),
+    "cut short": (json.dumps({"keep": KEEP})[:40], "not JSON"),
+    "a list": ([1, 2], "no `keep`"),
+    "a number": ("3", "no `keep`"),
+    "null": ("null", "no `keep`"),
+    "no keep": ({"drop": KEEP}, "no `keep`"),
+    "keep a list": ({"keep": [0, 1]}, "no `keep`"),
+    "keep null": ({"keep": None}, "no `keep`"),
+    "newer version": ({"keep": KEEP, "version": 9}, "version 9"),
+    "version in words": ({"keep": KEEP, "version": "two"}, "version two"),
+    "ids a number": ({"keep": {"model.layers.0.mlp": 3}}, "model.layers.0.mlp"),
+    "ids in words": ({"keep": {"model.layers.0.mlp": ["0", "1"]}}, "model.layers.0.mlp"),
+    "ids with a fraction": ({"keep": {"model.layers.0.mlp": [0, 1.5]}}, "1.5"),
+    "ids true or false": ({"keep": {"model.layers.0.mlp": [True, False]}}, "True"),
+    "a null among ids": ({"keep": {"model.layers.0.mlp": [None, 1]}}, "None"),
+    "model_id a number": ({"keep": KEEP, "model_id": 5}, "model"),
+    "model_id a list": ({"keep": KEEP, "model_id": ["tiny"]}, "model"),
+    "unknown layer": ({"keep": {"model.layers.9.mlp": [0, 1]}}, "model.layers.9.mlp"),
+    "id too high": ({"keep": {"model.layers.0.mlp": [0, 4]}}, "expert 4"),
+    "id too low": ({"keep": {"model.layers.0.mlp": [-1, 0]}}, "expert -1"),
+    "too few": ({"keep": {"model.layers.1.mlp": [5]}}, "top_k=2"),
+    "none": ({"keep": {"model.layers.1.mlp": []}}, "top_k=2"),
+    "an id twice": ({"keep": {"model.layers.1.mlp": [5, 5, 6]}}, "different"),
+    "groups apart": ({"keep": {"model.layers.2.mlp": [0, 1, 2, 6, 7]}}, "[3, 2]"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_FILES)
+def test_each_fault_is_one_line(fault: str, tmp_path: Path) -> None:
+    content, said = FAULTY_FILES[fault]
+    assert said in refusal(written(tmp_path, content))
+
+
+def test_the_file_is_named_where_it_cannot_be_read(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.json") in refusal(tmp_path / "none.json")
+    assert str(tmp_path) in refusal(tmp_path)  # a folder
+    (tmp_path / "image.json").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    assert "image.json" in refusal(tmp_path / "image.json")
+
+
+def test_layers_are_checked_before_the_model(tmp_path: Path) -> None:
+    """The shapes say more than "another model"."""
+    message = refusal(written(tmp_path, {"keep": {"model.layers.0.mlp": [0, 9]}, "model_id": "other@00"}))
+    assert "expert 9" in message

@@ -1,0 +1,70 @@
+"""Every command in the README runs, on the bundled model, as written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_moe.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def bash_lines() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"`make (\w+)", README)
+    assert bash_lines()[:2] == ["make demo", "make test"]
+    assert set(named) <= set(targets)
+
+
+@pytest.mark.slow
+def test_the_tour_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lightning_moe").symlink_to(ROOT / "lightning_moe")
+    monkeypatch.chdir(tmp_path)
+    commands = [line for line in bash_lines() if line.startswith("lightning-moe ")]
+    assert len(commands) == 5
+    for command in commands:
+        main(shlex.split(command)[1:])
+    for python in re.findall(r"```python\n(from transformers.*?)```", README, flags=re.DOTALL):
+        exec(compile(python, "README.md", "exec"), {})
+    tour = json.loads((tmp_path / "runs/tour/summary.json").read_text())
+    assert tour["command"] == "evaluate" and tour["perplexity"] < 200
+    plans = [json.loads((tmp_path / f"runs/{name}/plan.json").read_text())["keep"] for name in ("tour", "tour-plan")]
+    assert plans[0] == plans[1]
+
+
+def test_every_criterion_is_in_the_readme_with_its_direction() -> None:
+    from lightning_moe.criteria import criteria
+
+    rows = {
+        name: row.split("|")[2].strip()
+        for row in README.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`([\w-]+)`", row.split("|")[1])
+    }
+    for criterion in criteria():
+        assert criterion.name in rows
+        assert rows[criterion.name] in (criterion.direction, "")
+
+
+def test_the_reference_model_is_small_and_complete() -> None:
+    from lightning_moe.moe.checkpoints import load_model
+    from lightning_moe.reference import FOLDER, MODEL, TEXT
+
+    size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    assert size < 20e6
+    assert load_model(str(MODEL)).dtype == torch.bfloat16
+    domains = {file.name for file in (TEXT / "validation").iterdir()}
+    assert len(domains) >= 5 and domains == {file.name for file in (TEXT / "calibration").iterdir()}
+    assert (FOLDER / "PROVENANCE.md").is_file() and any((FOLDER / "LICENSES").iterdir())
