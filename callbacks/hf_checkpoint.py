@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_moe.moe.checkpoints import save_model
+from lightning_moe.errors import InputError
+from lightning_moe.moe.checkpoints import load_tokenizer, save_model
 
 
 class HFCheckpoint(Callback):
@@ -21,12 +23,27 @@ class HFCheckpoint(Callback):
     """
 
     def __init__(self, folder: str, tokenizer: str | None = None, dtype: str | None = None) -> None:
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise InputError(f"HFCheckpoint: dtype {dtype!r} is none of torch's, such as 'bfloat16'.")
         self.folder, self.tokenizer, self.dtype = folder, tokenizer, dtype
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.tokenizer is not None and stage == "fit":
+            load_tokenizer(self.tokenizer)  # a wrong path is told before the training, not after
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._model(pl_module)
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            save_model(self._model(pl_module), Path(self.folder), self.tokenizer, self.dtype)
+
+    @staticmethod
+    def _model(pl_module: LightningModule) -> PreTrainedModel:
         model = next((m for m in pl_module.modules() if isinstance(m, PreTrainedModel)), None)
         if model is None:
             raise TypeError(f"HFCheckpoint: {type(pl_module).__name__} holds no Hugging Face model.")
-        if trainer.is_global_zero:
-            save_model(model, Path(self.folder), self.tokenizer, self.dtype)
+        return model

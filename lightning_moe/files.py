@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,51 @@ from typing import Any
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
     """Give a path beside ``target`` to write to; it takes the target's place when the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _made_parents(target):
+        beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            yield beside
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Give an empty folder beside ``target`` to fill; it takes the target's place when the block succeeds.
 
-    A kill between the two renames leaves no target but the complete old one beside it, named ``.NAME.old``;
-    the next call removes it.
+    A kill between the two renames leaves no target but the complete old one beside it, ``.NAME.old``; the next call
+    puts it back first.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        if target.exists():
-            target.rename(old)
-        beside.rename(target)
-    finally:
+    with _made_parents(target):
+        beside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+        if old.exists() and not target.exists():
+            old.rename(target)
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir()
+        try:
+            yield beside
+            if target.exists():
+                target.rename(old)
+            beside.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _made_parents(target: Path) -> Iterator[None]:
+    """Make the folders above ``target``; those that were made are removed again, if empty, when the block fails."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def looks_local(path: str) -> bool:

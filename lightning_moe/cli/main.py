@@ -10,6 +10,7 @@ import warnings
 from typing import Any, NoReturn
 
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -17,6 +18,7 @@ from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import resolve
 
 COMMANDS = ("score", "prune", "evaluate", "demo")
 """Our commands; each is a method of ``MoETrainer``."""
@@ -57,6 +59,9 @@ class MoECLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
+        if self.model.path is not None and self.subcommand not in COMMANDS:
+            resolve(self.model.path)  # ours look for themselves; Lightning's would first miss the tokenizer
+        self.datamodule.model_path = self.model.path
         if self.datamodule.tokenizer is None:
             self.datamodule.tokenizer = self.model.path
 
@@ -74,8 +79,9 @@ def main(args: ArgsType = None) -> None:
             parser_class=OneLineParser,
             args=args,
         )
-    except InputError as error:
-        print(f"lightning-moe: {error}", file=sys.stderr)
+    except (InputError, MisconfigurationException, OSError) as error:
+        # An OSError is a full disk, a folder without permission: the message names it.
+        print(f"lightning-moe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -67,7 +67,10 @@ def prune(
     stats: ModelStats | None = None
     if plan_file is not None:
         plan = load_plan(Path(plan_file))
-        plan.check(shapes, identity)
+        try:
+            plan.check(shapes, identity)
+        except InputError as error:
+            raise InputError(f"--plan {plan_file}: {error}") from error
         asked: dict[str, Any] = {"plan": plan.keep}
     else:
         # An impossible ratio is refused before any work: equal scores need the same counts.
@@ -83,15 +86,23 @@ def prune(
     run = RunFolder(out, "prune", asked_model(model) | asked, overwrite)
     if run.finished and target.is_dir():
         return run.finished
+    scores: list[ExpertScores] = []
     if plan is None:
         stats = stats or observe(trainer, model, data, run)
-        if trainer.is_global_zero:
-            plan = _plan_from(stats, cut, run)
-    if plan is None:
+        scores = _all_scores(stats, cut)
+        plan = make_plan(scores[0], cut.ratio, cut.scope, cut.floor)
+    if not trainer.is_global_zero:
         return None
-    plan.save(run.folder / "plan.json")
+    if scores and cut.scope == "global" and not scores[0].comparable:
+        Console(stderr=True, soft_wrap=True).print(
+            f"note: {cut.method} is an order of dropping within each layer, so --scope global compares the places in "
+            "these orders, not how much the experts of two layers matter."
+        )
     started = time.perf_counter()
-    compact_checkpoint(path, plan.keep, target)
+    compact_checkpoint(path, plan.keep, target)  # first: when the weights turn out damaged, nothing is written
+    plan.save(run.folder / "plan.json")
+    if scores:
+        write_scores(run.folder / "scores.json", scores)
     return run.finish(
         {
             "model_id": identity,
@@ -116,17 +127,11 @@ def _known_stats(stats_file: str, identity: str, shapes: list[LayerShape]) -> Mo
     return stats
 
 
-def _plan_from(stats: ModelStats, cut: Cut, run: RunFolder) -> PruningPlan:
-    """Score, write all scores, plan."""
+def _all_scores(stats: ModelStats, cut: Cut) -> list[ExpertScores]:
+    """The scores of the chosen method first, then of all others."""
     chosen = score_experts(stats, cut.method, cut.direction, seed())
-    others = [score_experts(stats, other.name, seed=seed()) for other in criteria() if other.name != cut.method]
-    write_scores(run.folder / "scores.json", [chosen, *others])
-    if cut.scope == "global" and not chosen.comparable:
-        Console(stderr=True, soft_wrap=True).print(
-            f"note: {cut.method} is an order of dropping within each layer, so --scope global compares the places in "
-            "these orders, not how much the experts of two layers matter."
-        )
-    return make_plan(chosen, cut.ratio, cut.scope, cut.floor)
+    others = (score_experts(stats, other.name, seed=seed()) for other in criteria() if other.name != cut.method)
+    return [chosen, *others]
 
 
 def _reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[str, list[int]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from lightning_moe.data.datamodule import TextDataModule
@@ -25,7 +26,7 @@ def seed() -> int:
 
 def asked_model(model: MoECausalLM) -> dict[str, Any]:
     path = model_path(model)
-    return {"model.path": path, "model_id": model_id(path), "model.dtype": model.dtype_name}
+    return {"model.path": str(Path(path)), "model_id": model_id(path), "model.dtype": model.dtype_name}
 
 
 def asked_data(data: TextDataModule) -> dict[str, Any]:

@@ -29,9 +29,9 @@ class RunFolder:
     def __init__(self, folder: str, command: str, request: Mapping[str, Any], overwrite: bool) -> None:
         self.folder, self.command, self.request = Path(folder), command, dict(request)
         self._start = time.perf_counter()
-        self._overwrite = overwrite
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"--out {folder}: a file; give a folder.")
+        for place in (self.folder, *self.folder.parents):
+            if place.exists() and not place.is_dir():
+                raise InputError(f"--out {folder}: {place} is a file; give a folder.")
         found = self._read(self._results_file)
         if found is not None and not overwrite and found.get("request") != self._plain(self.request):
             asked = found.get("request") or {}
@@ -47,13 +47,15 @@ class RunFolder:
     def _results_file(self) -> Path:
         return self.folder / f"{self.command}.json"
 
-    def partial(self, trainer: Trainer) -> Path:
-        """The folder for unfinished work of this request; every rank asks, rank zero clears another request's."""
+    def partial(self, trainer: Trainer, **also: Any) -> Path:
+        """The folder for unfinished work of this request; every rank asks, rank zero clears that of another.
+
+        ``also`` names what may change between requests that give the same results, but not within one piece of work.
+        """
         folder = self.folder / ".partial"
-        asked = {"command": self.command, **self._plain(self.request)}
-        if trainer.is_global_zero and (self._overwrite or self._read(folder / "request.json") != asked):
-            for leftover in folder.glob("*"):
-                leftover.unlink()
+        asked = {"command": self.command, **self._plain({**self.request, **also})}
+        if trainer.is_global_zero and self._read(folder / "request.json") != asked:
+            shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / "request.json", asked)
         trainer.strategy.barrier("partial folder is ready")
         return folder

@@ -12,6 +12,8 @@ from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, 
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
+from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, model_id
 from lightning_moe.pruning.scores import score_experts, write_scores
@@ -25,7 +27,7 @@ def score(
     path = model_path(model)
     layer_shapes(path)
     run = RunFolder(out, "score", asked_model(model) | asked_data(data) | {"seed": seed()}, overwrite)
-    if run.finished and (run.folder / "stats.safetensors").is_file():
+    if run.finished and _stored(run, model, run.finished["data_fingerprint"]) is not None:
         return run.finished
     if overwrite and trainer.is_global_zero:
         (run.folder / "stats.safetensors").unlink(missing_ok=True)
@@ -55,13 +57,14 @@ def observe(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: Run
     identity = model_id(model_path(model))
     data.setup("predict")
     fingerprint = data.text.fingerprint
-    file = run.folder / "stats.safetensors"
-    if file.is_file():
-        stats = load_stats(file)
-        if (stats.model_id, stats.data_fingerprint) == (identity, fingerprint):
-            return stats
+    stored = _stored(run, model, fingerprint)
+    if stored is not None:
+        return stored
+    if trainer.limit_predict_batches != 1.0:
+        raise InputError("--trainer.limit_predict_batches: to observe less text, give --data.samples instead.")
     model.configure_model()
-    partial = run.partial(trainer)
+    check_vocabulary(model, data)
+    partial = run.partial(trainer, batch_size=data.batch_size, world_size=trainer.world_size)
     observation = ExpertObservation(partial)
     data.start_batch = _common_start(trainer, observation, partial)
     trainer.callbacks.append(observation)  # type: ignore[attr-defined]
@@ -69,10 +72,20 @@ def observe(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: Run
         trainer.predict(model, datamodule=data, return_predictions=False)
     finally:
         trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
-    stats = ModelStats(identity, fingerprint, observation.layers)
+    stats = ModelStats(identity, fingerprint, observation.layers, model.dtype_name)
     if trainer.is_global_zero:
-        stats.save(file)
+        stats.save(run.folder / "stats.safetensors")
     return stats
+
+
+def _stored(run: RunFolder, model: MoECausalLM, fingerprint: str) -> ModelStats | None:
+    """The statistics in the run folder, if they are of this model, in this dtype, on this text."""
+    file = run.folder / "stats.safetensors"
+    if not file.is_file():
+        return None
+    stats = load_stats(file)
+    wanted = (model_id(model_path(model)), fingerprint, model.dtype_name)
+    return stats if (stats.model_id, stats.data_fingerprint, stats.dtype) == wanted else None
 
 
 def _common_start(trainer: Trainer, observation: ExpertObservation, partial: Path) -> int:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from lightning_moe.data.loading import RankBatches, ResumableLoader
 from lightning_moe.data.packing import PackedText, pack
 from lightning_moe.data.text import content_fingerprint, read_domains
 from lightning_moe.errors import InputError
+from lightning_moe.moe.checkpoints import load_tokenizer
 
 DEFAULT_SEQ_LEN = 2048
 SHORTEST_SEQ_LEN = 2
@@ -56,6 +57,8 @@ class TextDataModule(LightningDataModule):
         self.path, self.val_path, self.tokenizer = path, val_path, tokenizer
         self.seq_len, self.samples, self.batch_size = seq_len, samples, batch_size
         self.subset, self.split, self.shuffle_seed = subset, split, shuffle_seed
+        self.model_path: str | None = None
+        """Folder of the model whose maximum limits the default ``seq_len``; default is the tokenizer's."""
         self.start_batch = 0
         """Batches of the next predict loop that an earlier, killed one has done."""
         self._packed: dict[str, PackedText] = {}
@@ -70,7 +73,7 @@ class TextDataModule(LightningDataModule):
             raise InputError("no text: give --data.path a file, a folder or the name of a dataset.")
         if path not in self._packed:
             tokenizer = load_tokenizer(self.tokenizer)
-            seq_len = self.seq_len or default_seq_len(str(self.tokenizer))
+            seq_len = self.seq_len or default_seq_len(str(self.model_path or self.tokenizer))
             domains = list(read_domains(path, subset=self.subset, split=self.split))
             try:
                 self._packed[path] = pack(domains, tokenizer, seq_len, self.samples)
@@ -123,18 +126,6 @@ class TextDataModule(LightningDataModule):
     def content_fingerprint(self) -> str | None:
         """Of the files' names, sizes and ends, read in no time: has the text changed? None for a dataset's name."""
         return None if self.path is None else content_fingerprint(self.path)
-
-
-def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, or raise ``InputError`` with the reason and the remedy."""
-    if path is None:
-        raise InputError("no tokenizer: give --data.tokenizer a folder or hub id.")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path}: no tokenizer found there; give --data.tokenizer the folder or hub id of one."
-        ) from error
 
 
 def default_seq_len(path: str) -> int:

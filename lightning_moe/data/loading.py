@@ -65,17 +65,19 @@ class ResumableLoader:
         self.dataset, self.batches = dataset, batches
         self._loader: DataLoader[dict[str, Tensor]] = DataLoader(dataset, batch_sampler=batches)
         self._done = 0
+        self._begun = False
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        # At the start, not the end: Lightning counts batches and does not come back for the end of an epoch.
+        self.batches.epoch += self._begun
+        self._begun = True
         self._done = self.batches.start
         for batch in self._loader:
             self._done += 1
             yield batch
-        self.batches.epoch += 1
-        self._done = 0
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and batches done in it; at the last batch of an epoch, the start of the next."""
@@ -83,4 +85,6 @@ class ResumableLoader:
         return {"epoch": self.batches.epoch + finished, "done": 0 if finished else self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batches.epoch, self.batches.start = state["epoch"], state["done"]
+        """Go on in the epoch and at the batch that ``state`` names."""
+        self.batches.epoch, self.batches.start, self._done = state["epoch"], state["done"], state["done"]
+        self._begun = False

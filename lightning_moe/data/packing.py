@@ -100,8 +100,8 @@ def pack(
 
 
 def _share(samples: int, num_domains: int, position: int) -> int:
-    """Samples of the domain at ``position``: equal shares, the first domains take the remainder."""
-    return samples // num_domains + (position < samples % num_domains)
+    """Samples of the domain at ``position``: equal shares, the remainder spread evenly over the domains."""
+    return (position + 1) * samples // num_domains - position * samples // num_domains
 
 
 def _windows(documents: Sequence[str], tokenizer: Any, seq_len: int, count: int | None) -> list[list[int]]:
@@ -110,8 +110,8 @@ def _windows(documents: Sequence[str], tokenizer: Any, seq_len: int, count: int 
     ends = list(accumulate(map(len, documents)))
     total, piece = (ends[-1] if ends else 0), seq_len * CHARS_PER_TOKEN
     if count is not None and total > count * piece:
-        # Long text: read one piece at the start of each of `count` equal stretches.
-        starts = [total * i // count for i in range(count)]
+        # Long text: read one piece in the middle of each of `count` equal stretches.
+        starts = [(2 * i + 1) * total // (2 * count) - piece // 2 for i in range(count)]
         return [_tokenize(_piece(documents, ends, start, piece), tokenizer)[:seq_len] for start in starts]
     stream = _tokenize(documents, tokenizer)
     windows = [stream[start : start + seq_len] for start in range(0, len(stream), seq_len)]

@@ -81,6 +81,8 @@ def _read_file(file: Path, name: str) -> Domain:
             documents = _read_parquet(file)
         else:
             documents = _read_json_lines(file)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{file}: not a whole gzip file ({first_line(error)}).") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); convert it first.") from error
     return Domain(name.removesuffix(suffix), [document for document in documents if document.strip()])
@@ -105,12 +107,15 @@ def _read_json_lines(file: Path) -> list[str]:
 
 
 def _read_parquet(file: Path) -> list[str]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowInvalid, parquet, types
 
     try:
         columns = parquet.read_schema(file).names
         if "text" not in columns:
             raise InputError(f"{file}: no 'text' column; it has {', '.join(columns)}.")
+        kind = parquet.read_schema(file).field("text").type
+        if not (types.is_string(kind) or types.is_large_string(kind)):
+            raise InputError(f"{file}: its 'text' column holds {kind}, not text.")
         rows: list[str | None] = parquet.read_table(file, columns=["text"])["text"].to_pylist()
     except ArrowInvalid as error:
         raise InputError(f"{file}: not a parquet file ({error}).") from error

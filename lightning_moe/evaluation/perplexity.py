@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from typing_extensions import override
 
 from lightning_moe.data.datamodule import TextDataModule
@@ -38,6 +39,18 @@ class BatchTimer(Callback):
         return sum(tokens for _, tokens in timed) / max(sum(seconds for seconds, _ in timed), 1e-9)
 
 
+def check_vocabulary(model: MoECausalLM, data: TextDataModule) -> None:
+    """Raise ``InputError`` when the text holds token ids that the model has no embedding for."""
+    embedding = model.network.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    rows, largest = embedding.num_embeddings, int(data.text.tokens_NS.max())
+    if largest >= rows:
+        raise InputError(
+            f"--data.tokenizer {data.tokenizer}: it gives token id {largest}, but the model knows ids below {rows}; "
+            "give the model's own tokenizer."
+        )
+
+
 def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[str, Any]:
     """Run a validation loop and return its figures.
 
@@ -46,6 +59,7 @@ def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[
     """
     data.setup("validate")
     model.configure_model()
+    check_vocabulary(model, data)
     timer = BatchTimer()
     trainer.callbacks.append(timer)  # type: ignore[attr-defined]
     try:

@@ -168,9 +168,13 @@ class MoECausalLM(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only; linear warm-up, then a cosine down to ``min_lr_ratio``."""
         embeddings = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        trained = [p for p in self.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.dim() >= 2 and id(p) not in embeddings]
-        plain = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                # The biases of stacked experts have two dimensions; the name tells.
+                matrix = parameter.dim() >= 2 and id(parameter) not in embeddings and not name.endswith("bias")
+                (decayed if matrix else plain).append(parameter)
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=self.lr,
@@ -193,7 +197,8 @@ def next_token_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
     A position counts when both it and its target are real tokens.
     """
-    counted = batch["attention_mask"][:, 1:].bool()
+    real = batch["attention_mask"].bool()
+    counted = real[:, 1:] & real[:, :-1]
     target = batch["input_ids"][:, 1:].masked_fill(~counted, -100)
     loss = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="none", ignore_index=-100

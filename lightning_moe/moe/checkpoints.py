@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import looks_local, replaced_folder
@@ -73,6 +74,8 @@ def read_config(path: str) -> Any:
         raw = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{folder / 'config.json'}: not JSON ({error}).") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{folder / 'config.json'}: a {type(raw).__name__}, where a config is an object.")
     if raw.get("model_type") == "deepseek":
         raise InputError(
             f"--model.path {path}: a DeepSeek-MoE v1 checkpoint; convert it first, without loss: "
@@ -151,7 +154,7 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -163,6 +166,18 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
                 f"--model.path {path}: {name} holds values that are not finite; the checkpoint is damaged."
             )
     return model
+
+
+def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, or raise ``InputError`` with the reason and the remedy."""
+    if path is None:
+        raise InputError("no tokenizer: give --data.tokenizer a folder or hub id.")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: no tokenizer found there; give --data.tokenizer the folder or hub id of one."
+        ) from error
 
 
 def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = None, dtype: str | None = None) -> None:
@@ -179,7 +194,7 @@ def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = Non
                 file.unlink()
         write_model(model, folder)
         if tokenizer is not None:
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+            load_tokenizer(tokenizer).save_pretrained(folder)
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:

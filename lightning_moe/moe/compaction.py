@@ -8,17 +8,18 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import replaced_folder
 from lightning_moe.moe.checkpoints import (
     add_modelling_file,
@@ -95,7 +96,7 @@ def _find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence
     cuts: dict[int, _Cut] = {}
     experts_seen: dict[int, set[int]] = {}
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 layer = LAYER.search(name)
                 if layer is None or int(layer.group(1)) not in by_index or "shared" in name:
@@ -118,10 +119,19 @@ def _find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence
     return cuts
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file ({first_line(error)}).") from error
+
+
 def _kept_tensors(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that stays, under its new name and at its new size."""
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 layer = LAYER.search(name)
                 cut = cuts.get(int(layer.group(1))) if layer else None

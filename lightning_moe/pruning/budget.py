@@ -57,6 +57,8 @@ def _slices(shape: LayerShape, scores: list[float]) -> list[tuple[float, list[in
 def _most_slices(shape: LayerShape, floor: int | None) -> int:
     fewest = shape.fewest_per_group
     if floor is not None:
+        if floor < 1:
+            raise InputError(f"--floor {floor}: a layer keeps at least 1 expert.")
         if floor > shape.num_experts:
             raise InputError(f"--floor {floor}: {shape.name} has only {shape.num_experts} experts.")
         fewest = max(fewest, -(-floor // shape.num_groups))

@@ -26,6 +26,8 @@ class ModelStats:
     model_id: str
     data_fingerprint: str
     layers: Sequence[LayerStats]
+    dtype: str = "auto"
+    """Of the weights while they were observed, as ``--model.dtype`` names it."""
 
     def save(self, file: Path) -> None:
         tensors = {
@@ -35,6 +37,7 @@ class ModelStats:
             "version": str(VERSION),
             "model_id": self.model_id,
             "data_fingerprint": self.data_fingerprint,
+            "dtype": self.dtype,
             "layers": json.dumps([asdict(layer.shape) for layer in self.layers]),
         }
         with replaced_file(file) as beside:
@@ -56,6 +59,6 @@ def load_stats(file: Path) -> ModelStats:
                 shape = LayerShape(**fields)
                 tensors: dict[str, Tensor] = {name: stored.get_tensor(f"{shape.name}:{name}") for name in TENSORS}
                 layers.append(LayerStats(shape, **tensors))
-            return ModelStats(metadata["model_id"], metadata["data_fingerprint"], layers)
+            return ModelStats(metadata["model_id"], metadata["data_fingerprint"], layers, metadata["dtype"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"--stats {file}: not a statistics file of this program ({error}).") from error
