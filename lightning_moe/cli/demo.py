@@ -25,9 +25,9 @@ from lightning_moe.moe.checkpoints import load_model, model_id
 from lightning_moe.pruning.budget import Scope
 from lightning_moe.reference import MODEL, TEXT
 
-SEQ_LEN = 512
-CALIBRATION_WINDOWS = 96
-VALIDATION_WINDOWS = 72
+SEQ_LEN = 256
+CALIBRATION_WINDOWS = 192
+VALIDATION_WINDOWS = 144
 
 METHODS: list[tuple[str, Scope]] = [
     ("random", "layer"),
@@ -81,7 +81,7 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
 
 
 def _text(split: str, windows: int) -> TextDataModule:
-    return TextDataModule(str(TEXT / split), tokenizer=str(MODEL), seq_len=SEQ_LEN, samples=windows, batch_size=8)
+    return TextDataModule(str(TEXT / split), tokenizer=str(MODEL), seq_len=SEQ_LEN, samples=windows, batch_size=16)
 
 
 def _stock_reload(folders: dict[str, Path], scratch: Path) -> dict[str, bool]:

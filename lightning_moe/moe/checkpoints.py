@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_moe.errors import InputError, first_line
@@ -143,6 +144,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise InputError(f"--model.path {folder}: no weights in it (model.safetensors or its index).")
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds no NaN and no infinity.
+
+    One NaN or infinity makes the sum so, and a sum is five times faster; a sum that overflows is looked at again.
+    """
+    return bool(tensor.detach().sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
 def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
     """Load a causal language model and see that its weights are all there and finite. Raises ``InputError``."""
     config = read_config(path)
@@ -161,7 +170,7 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
     if missing:
         raise InputError(f"--model.path {path}: {len(missing)} weights are missing, the first is {missing[0]}.")
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not all_finite(parameter):
             raise InputError(
                 f"--model.path {path}: {name} holds values that are not finite; the checkpoint is damaged."
             )

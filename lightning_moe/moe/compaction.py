@@ -23,6 +23,7 @@ from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import replaced_folder
 from lightning_moe.moe.checkpoints import (
     add_modelling_file,
+    all_finite,
     load_model,
     resolve,
     skeleton,
@@ -153,7 +154,7 @@ def _kept_tensors(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> Iterator[t
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     # float8 and packed integers know no isfinite; their scales do.
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not all_finite(tensor):
         raise InputError(f"{name} holds values that are not finite; the checkpoint is damaged.")
     return tensor
 

@@ -54,12 +54,12 @@ def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor
     expert_N, order_N = expert_ids_TK.flatten().sort(stable=True)
     token_N = order_N // top_k
     count_E = torch.bincount(expert_N, minlength=num_experts)
-    outputs_NH = _expert_outputs(experts, hidden_TH[token_N], expert_N, count_E)
+    outputs_NH = _expert_outputs(experts, hidden_TH.index_select(0, token_N), expert_N, count_E)
     if hooks is not None and hooks.observe is not None:
         hooks.observe(Assignments(outputs_NH, token_N, weights_TK.flatten()[order_N], count_E))
     position_N = torch.empty_like(order_N)
     position_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
-    outputs_TKH = outputs_NH[position_N].view(*expert_ids_TK.shape, -1)
+    outputs_TKH = outputs_NH.index_select(0, position_N).view(*expert_ids_TK.shape, -1)
     weights_TK = weights_TK.to(outputs_TKH.dtype)
     return (weights_TK.unsqueeze(1) @ outputs_TKH).squeeze(1).to(hidden_TH.dtype)
 

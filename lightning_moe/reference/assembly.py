@@ -23,7 +23,7 @@ TOKENS_PER_STEP = 32 * 256
 """Batch size times window, as configs/reference.yaml has them."""
 
 CURVE_POINTS = 10
-SEQ_LEN = 512
+SEQ_LEN = 256
 
 
 def assemble(build: Path, out: Path) -> None:

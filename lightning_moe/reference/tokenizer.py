@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_moe.reference.corpus import SEPARATOR
 
 VOCABULARY = 4096
-CONTEXT = 1024
+CONTEXT = 256
 SPECIAL = ("<s>", "</s>", "<pad>")  # their places are their ids
 SAMPLE = 1_200_000  # characters of each domain
 
