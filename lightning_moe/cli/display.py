@@ -41,7 +41,7 @@ def show_perplexities(models: Mapping[str, Mapping[str, Any]]) -> None:
     for table in (quality, cost):
         table.columns[0].no_wrap = True
         for column in table.columns[1:]:
-            column.justify = "right"
+            column.justify, column.overflow = "right", "fold"
     for name, row in models.items():
         numbers = [*row["domains"].values(), row["perplexity"]]
         quality.add_row(name, *(f"{number:.1f}" for number in numbers))
