@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from lightning_moe.data.loading import RankBatches, ResumableLoader
 from lightning_moe.data.packing import PackedText, pack
-from lightning_moe.data.text import content_fingerprint, read_domains
+from lightning_moe.data.text import content_fingerprint, count_domains, read_domains
 from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import load_tokenizer
 
@@ -74,11 +74,8 @@ class TextDataModule(LightningDataModule):
         if path not in self._packed:
             tokenizer = load_tokenizer(self.tokenizer)
             seq_len = self.seq_len or default_seq_len(str(self.model_path or self.tokenizer))
-            domains = list(read_domains(path, subset=self.subset, split=self.split))
-            try:
-                self._packed[path] = pack(domains, tokenizer, seq_len, self.samples)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from error
+            domains = read_domains(path, subset=self.subset, split=self.split)
+            self._packed[path] = pack(domains, tokenizer, seq_len, self.samples, count_domains(path), source=path)
         return self._packed[path]
 
     def _loader(self, text: PackedText, *, train: bool) -> ResumableLoader:

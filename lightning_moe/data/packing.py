@@ -71,6 +71,7 @@ def pack(
     seq_len: int,
     samples: int | None,
     num_domains: int | None = None,
+    source: str = "the documents",
 ) -> PackedText:
     """Pack each domain's documents into windows of ``seq_len`` tokens.
 
@@ -92,7 +93,7 @@ def pack(
         owner += [position] * len(found)
     num_tokens = sum(map(len, windows))
     if num_tokens < 2:
-        raise InputError(f"too little text: {num_tokens} tokens in {', '.join(names)}; at least 2 are needed.")
+        raise InputError(f"{source}: too little text: {num_tokens} tokens; at least 2 are needed.")
     tokens_NS = torch.full((len(windows), seq_len), _padding(tokenizer), dtype=torch.int32)
     for row, window in zip(tokens_NS, windows, strict=True):
         row[: len(window)] = torch.tensor(window, dtype=torch.int32)

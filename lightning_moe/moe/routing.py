@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,18 @@ class _MaskedLogits(TorchFunctionMode):
 
 
 @contextmanager
+def mask_plan(layers: Iterable[MoELayer], keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Route every layer named in ``keep`` as if only those of its experts existed: the logical form of a plan."""
+    with ExitStack() as masks:
+        for layer in layers:
+            if layer.name in keep:
+                masks.enter_context(mask_experts(layer, keep[layer.name]))
+        yield
+
+
+@contextmanager
 def mask_experts(layer: MoELayer, keep: Sequence[int]) -> Iterator[None]:
-    """Route as if only the experts in ``keep`` existed: the logical form of a plan; no weight changes.
+    """Route as if only the experts in ``keep`` existed; no weight changes.
 
     The router's logits of all others are -inf; where selection adds a correction bias after a sigmoid or softmax,
     that bias is -inf too, since such a score of 0 could still win.

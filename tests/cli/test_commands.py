@@ -23,7 +23,7 @@ from lightning_moe.criteria import Direction, criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.moe import compaction
 from lightning_moe.moe.layers import find_moe_layers
-from lightning_moe.moe.routing import mask_experts
+from lightning_moe.moe.routing import mask_plan
 from lightning_moe.pruning.scores import score_experts
 from lightning_moe.stats.layer_stats import TENSORS
 from lightning_moe.stats.observation import Observation
@@ -67,13 +67,8 @@ def logits_of(folder: Path) -> Tensor:
 def masked_logits(folder: Path, keep: dict[str, list[int]]) -> Tensor:
     """Of the full model, routed as if only the kept experts existed."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    masks = [mask_experts(layer, keep[layer.name]) for layer in find_moe_layers(model)]
-    for mask in masks:
-        mask.__enter__()
-    with torch.no_grad():
+    with mask_plan(find_moe_layers(model), keep), torch.no_grad():
         logits: Tensor = model(some_ids()).logits
-    for mask in masks:
-        mask.__exit__(None, None, None)
     return logits
 
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning_moe.moe.checkpoints import layer_shapes, load_model, save_model
 from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.experts import IMPLEMENTATION, ExpertHooks, expert_hooks
 from lightning_moe.moe.layers import LayerShape, find_moe_layers
-from lightning_moe.moe.routing import mask_experts, record_routing
+from lightning_moe.moe.routing import mask_plan, record_routing
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers import reference
 from tests.helpers.families import FAMILIES, HIDDEN, NUM_EXPERTS, TOP_K, tiny_batch, tiny_model
@@ -74,9 +74,7 @@ def pruned(model: PreTrainedModel, keep: Mapping[str, Sequence[int]]) -> PreTrai
 
 @contextmanager
 def masked(model: PreTrainedModel, keep: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for layer in find_moe_layers(model):
-            stack.enter_context(mask_experts(layer, keep[layer.name]))
+    with mask_plan(find_moe_layers(model), keep):
         yield
 
 
