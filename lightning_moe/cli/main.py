@@ -49,6 +49,16 @@ class MoECLI(LightningCLI):
         return LightningCLI.subcommands() | {command: {"model", "datamodule"} for command in COMMANDS}
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in COMMANDS:
+            # What --help says first should be the command's own options, not the hundred of the Trainer.
+            general, (trainer, model, data, *own) = parser._action_groups[:2], parser._action_groups[2:]
+            parser._action_groups = [*general, *own, model, data, trainer]
+            parser.usage = f"lightning-moe {subcommand} [options]"
+        return parser
+
+    @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         if self.subcommand in COMMANDS:
             # These write their own results; a log folder and training checkpoints would only litter.
@@ -75,6 +85,7 @@ def main(args: ArgsType = None) -> None:
             TextDataModule,
             trainer_class=MoETrainer,
             save_config_callback=None,
+            auto_configure_optimizers=False,  # MoECausalLM has its own, with decay groups
             seed_everything_default=0,
             parser_class=OneLineParser,
             args=args,

@@ -16,9 +16,10 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 
 
 class MoETrainer(Trainer):
-    """A Trainer with our commands; its loaders know their rank, so Lightning replaces no sampler."""
+    """Lightning's Trainer; how and where to run."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Our loaders know their rank, so no sampler may be replaced.
         super().__init__(*args, use_distributed_sampler=False, **kwargs)
 
     def score(self, model: MoECausalLM, datamodule: TextDataModule, out: str, overwrite: bool = False) -> None:
@@ -54,7 +55,8 @@ class MoETrainer(Trainer):
             model: The model.
             datamodule: The calibration text.
             out: Run folder; gets plan.json, scores.json, stats.safetensors, model/ and summary.json.
-            method: Criterion that scores the experts.
+            method: Criterion that scores the experts: ews rwn wsr ewn euf ecc evc ets eas eae eao ean reap reap-sum
+                man msan seer trimming random.
             ratio: Fraction of the experts to drop.
             scope: Drop the same number in each layer, or the lowest of all layers.
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.
