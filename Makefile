@@ -38,9 +38,9 @@ bench: $(READY)
 # Rebuild the bundled model from nothing: fetch text, train a tokenizer, train the model, put all in place.
 # About an hour on two cores; needs npm and apt-get for the text. Run again after a kill, it continues.
 reference: $(READY)
-	test -d build/reference/corpus/train || $(BIN)/python -m lightning_moe.reference.corpus \
+	test -f build/reference/corpus/SOURCES.json || $(BIN)/python -m lightning_moe.reference.corpus \
 		--out build/reference/corpus --cache build/reference/cache
-	test -d build/reference/tokenizer || $(BIN)/python -m lightning_moe.reference.tokenizer \
+	test -f build/reference/tokenizer/tokenizer_config.json || $(BIN)/python -m lightning_moe.reference.tokenizer \
 		--corpus build/reference/corpus --out build/reference/tokenizer
 	test -d build/reference/model || $(KEEP_MEMORY) $(BIN)/lightning-moe fit --config configs/reference.yaml \
 		$$(test -f build/reference/run/checkpoints/last.ckpt && echo --ckpt_path last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,40 +21,51 @@ from lightning_moe.stats.observation import Observation
 class ExpertObservation(Callback):
     """Observe the experts of the Hugging Face MoE inside a LightningModule; the result is in ``layers``.
 
-    Batches are mappings with ``input_ids`` and, when something is padded, ``attention_mask``.
+    Batches are mappings with ``input_ids`` and, when something is padded, ``attention_mask``. Not for training: with
+    gradient checkpointing each token would count twice.
 
     Args:
-        partial: Folder for what is summed so far, one file a rank, from which a killed pass continues; the
-            file is removed at the end. The caller starts the loader at ``batches_done``.
-        save_every: Batches between two such saves.
+        partial: Folder, seen by all ranks, for what is summed so far; a killed pass goes on from there. The caller
+            removes it once the result is safe.
+        resume: Called in ``setup`` with the number of batches that are summed already; the loader must leave them out.
+        save_every: Batches between two saves.
     """
 
-    def __init__(self, partial: Path | None = None, save_every: int = 25) -> None:
-        self.partial, self.save_every = partial, save_every
+    def __init__(
+        self, partial: Path | None = None, resume: Callable[[int], None] | None = None, save_every: int = 25
+    ) -> None:
+        self.partial, self.resume, self.save_every = partial, resume, save_every
         self.layers: list[LayerStats] = []
         """One per MoE layer, in the order of depth, summed over ranks; filled when the loop ends."""
         self._context = ExitStack()
         self._observation: Observation | None = None
         self._done = 0
 
-    def batches_done(self, rank: int) -> int:
-        """Batches that an earlier, killed pass of this rank has already summed."""
-        file = self._file(rank)
-        return int(load_file(file)["batches"]) if file is not None and file.exists() else 0
+    def _files(self, rank: int) -> dict[int, Path]:
+        """The saves of a rank, by the number of batches summed."""
+        if self.partial is None:
+            return {}
+        return {int(file.stem.split("-")[2]): file for file in self.partial.glob(f"observation-{rank}-*.safetensors")}
 
-    def _file(self, rank: int) -> Path | None:
-        return None if self.partial is None else self.partial / f"observation-{rank}.safetensors"
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Ranks save on their own, so a kill may leave them apart: go on from the last batch that all have saved.
+        # The strategy's collectives work from this hook on, and the loaders are made after it.
+        mine = sorted(self._files(trainer.global_rank))
+        saves: list[list[int]] = [mine] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(saves, mine)
+        self._done = max(set.intersection(*(set(one) for one in saves)), default=0)
+        if self.resume is not None:
+            self.resume(self._done)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = next((m for m in pl_module.modules() if isinstance(m, PreTrainedModel)), None)
         if model is None:
             raise TypeError(f"ExpertObservation: {type(pl_module).__name__} holds no Hugging Face model.")
         observation = Observation(model).to(pl_module.device)
-        file = self._file(trainer.global_rank)
-        if file is not None and file.exists():
-            saved = load_file(file, device=str(pl_module.device))
-            self._done = int(saved.pop("batches"))
-            observation.load_sums(saved)
+        if self._done:
+            observation.load_sums(load_file(self._files(trainer.global_rank)[self._done], str(pl_module.device)))
         self._observation = observation
         self._context.enter_context(observation.attached(model))
 
@@ -66,19 +77,19 @@ class ExpertObservation(Callback):
 
     def _batch_done(self, trainer: Trainer) -> None:
         self._done += 1
-        file = self._file(trainer.global_rank)
-        if file is not None and self._done % self.save_every == 0:
+        if self.partial is not None and self._done % self.save_every == 0:
             assert self._observation is not None
-            with replaced_file(file) as beside:
-                save_file(self._observation.sums() | {"batches": torch.tensor(self._done)}, beside)
+            earlier = self._files(trainer.global_rank)
+            with replaced_file(self.partial / f"observation-{trainer.global_rank}-{self._done}.safetensors") as beside:
+                save_file(self._observation.sums(), beside)
+            # Two saves stay: another rank may be one behind.
+            for done in sorted(earlier)[:-1]:
+                earlier[done].unlink()
 
-    def _end(self, trainer: Trainer) -> None:
+    def _end(self) -> None:
         self._context.close()
         assert self._observation is not None
         self.layers = self._observation.compute()
-        file = self._file(trainer.global_rank)
-        if file is not None:
-            file.unlink(missing_ok=True)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,7 +107,7 @@ class ExpertObservation(Callback):
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer)
+        self._end()
 
     on_validation_start = on_test_start = on_predict_start
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start

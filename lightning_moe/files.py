@@ -70,4 +70,4 @@ def looks_local(path: str) -> bool:
 def write_json(target: Path, value: Any) -> None:
     """Write JSON with the same bytes for the same value."""
     with replaced_file(target) as file:
-        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

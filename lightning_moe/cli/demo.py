@@ -63,7 +63,7 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
         name = f"{method} {scope} {1 - ratio:.0%}"
         folder = run.folder / name.replace(" ", "-").replace("%", "")
         stats = str(run.folder / "score" / "stats.safetensors")
-        cut = Cut(method, ratio, scope, None, None)
+        cut = Cut(method, ratio, scope)
         prune(trainer, MoECausalLM(str(MODEL)), TextDataModule(), str(folder), cut, stats, None, overwrite)
         folders[name] = folder / "model"
     uniform = {name: folder for name, folder in folders.items() if "global" not in name}
@@ -88,9 +88,10 @@ def _stock_reload(folders: dict[str, Path], scratch: Path) -> dict[str, bool]:
     """Whether each folder gives the same logits in a process without this package as in this one."""
     file = scratch / "stock-logits.safetensors"
     # -I: neither this folder nor the environment leads the other process to our package.
-    subprocess.run(
-        [sys.executable, "-I", "-c", STOCK_LOADING, file, *folders.values()], check=True, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-I", "-c", STOCK_LOADING, str(file), *map(str, folders.values())]
+    other = subprocess.run(command, capture_output=True, text=True)
+    if other.returncode:
+        raise RuntimeError(f"stock transformers could not load the pruned models:\n{other.stderr}")
     logits = load_file(file)
     ids = torch.arange(3, 67).unsqueeze(0)
     same = {}

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NOT_SHOWN = ("command", "repeated", "versions", "request", "methods", "models")
+NOT_SHOWN = ("version", "command", "repeated", "versions", "request", "methods", "models")
 
 
 def show(out: str, results: Mapping[str, Any] | None) -> None:

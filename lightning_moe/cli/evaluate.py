@@ -9,9 +9,10 @@ from lightning.pytorch import Trainer
 from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import skeleton
+from lightning_moe.moe.checkpoints import layer_shapes
 
 
 def evaluate(
@@ -19,13 +20,17 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Write evaluate.json: perplexity per domain and overall."""
     path = model_path(model)
-    skeleton(path)
-    asked = asked_model(model)
+    layer_shapes(path)
+    for option in ("limit_val_batches", "overfit_batches"):
+        if getattr(trainer, option) not in (0.0, 1.0):
+            raise InputError(f"--trainer.{option}: to evaluate less text, give --data.samples instead.")
+    asked = asked_model(trainer, model)
     run = RunFolder(out, "evaluate", asked | asked_data(data), overwrite)
     if run.finished:
         return run.finished
     figures = measure(trainer, model, data)
     if not trainer.is_global_zero:
         return None
+    run.begin()
     origin = {"model_id": asked["model_id"], "data_fingerprint": data.text.fingerprint}
     return run.finish(origin | figures | checkpoint_size(path))

@@ -18,7 +18,7 @@ from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import resolve
+from lightning_moe.moe.checkpoints import layer_shapes
 
 COMMANDS = ("score", "prune", "evaluate", "demo")
 """Our commands; each is a method of ``MoETrainer``."""
@@ -70,7 +70,7 @@ class MoECLI(LightningCLI):
     @override
     def after_instantiate_classes(self) -> None:
         if self.model.path is not None and self.subcommand not in COMMANDS:
-            resolve(self.model.path)  # ours look for themselves; Lightning's would first miss the tokenizer
+            layer_shapes(self.model.path)  # ours look for themselves; Lightning's would first miss the tokenizer
         self.datamodule.model_path = self.model.path
         if self.datamodule.tokenizer is None:
             self.datamodule.tokenizer = self.model.path
@@ -79,6 +79,10 @@ class MoECLI(LightningCLI):
 def main(args: ArgsType = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
     quiet()
+    if args is None:
+        args = sys.argv[1:]
+    if isinstance(args, list):
+        args = ["--overwrite=true" if _bare(args, place) else word for place, word in enumerate(args)]
     try:
         MoECLI(
             MoECausalLM,
@@ -94,6 +98,11 @@ def main(args: ArgsType = None) -> None:
         # An OSError is a full disk, a folder without permission: the message names it.
         print(f"lightning-moe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _bare(words: list[str], place: int) -> bool:
+    """Whether the word there is ``--overwrite`` without a value."""
+    return words[place] == "--overwrite" and (place + 1 == len(words) or words[place + 1].startswith("-"))
 
 
 def quiet() -> None:

@@ -19,7 +19,7 @@ from lightning_moe.criteria import Direction, criteria, get_criterion
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, model_id, resolve
+from lightning_moe.moe.checkpoints import layer_shapes, model_id, resolve, same_model
 from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import Scope, make_plan
@@ -32,15 +32,15 @@ from lightning_moe.stats.store import ModelStats, load_stats
 class Cut:
     """Which experts to drop: the options of ``prune`` that decide it."""
 
-    method: str
-    ratio: float
-    scope: Scope
-    direction: Direction | None
-    floor: int | None
+    method: str = "reap-sum"
+    ratio: float = 0.5
+    scope: Scope = "layer"
+    direction: Direction | None = None
+    floor: int | None = None
 
     def asked(self) -> dict[str, Any]:
         direction = self.direction or get_criterion(self.method).direction
-        return {**self.__dict__, "direction": direction, "seed": seed()}
+        return {**vars(self), "direction": direction} | ({"seed": seed()} if self.method == "random" else {})
 
 
 def prune(
@@ -66,6 +66,10 @@ def prune(
     plan: PruningPlan | None = None
     stats: ModelStats | None = None
     if plan_file is not None:
+        if cut != Cut():
+            raise InputError(
+                "--plan says which experts stay; leave out --method, --ratio, --scope, --direction and --floor."
+            )
         plan = load_plan(Path(plan_file))
         try:
             plan.check(shapes, identity)
@@ -83,7 +87,7 @@ def prune(
     target = Path(out) / "model"
     if target.resolve() == resolve(path).resolve():
         raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
-    run = RunFolder(out, "prune", asked_model(model) | asked, overwrite)
+    run = RunFolder(out, "prune", asked_model(trainer, model) | asked, overwrite)
     if run.finished and target.is_dir():
         return run.finished
     scores: list[ExpertScores] = []
@@ -98,6 +102,7 @@ def prune(
             f"note: {cut.method} is an order of dropping within each layer, so --scope global compares the places in "
             "these orders, not how much the experts of two layers matter."
         )
+    run.begin()
     started = time.perf_counter()
     compact_checkpoint(path, plan.keep, target)  # first: when the weights turn out damaged, nothing is written
     plan.save(run.folder / "plan.json")
@@ -119,8 +124,7 @@ def _known_stats(stats_file: str, identity: str, shapes: list[LayerShape]) -> Mo
     """Statistics from a file, or from the run folder that holds one."""
     file = Path(stats_file)
     stats = load_stats(file / "stats.safetensors" if file.is_dir() else file)
-    same = stats.model_id.rpartition("@")[2] == identity.rpartition("@")[2]
-    if not same or [layer.shape for layer in stats.layers] != shapes:
+    if not same_model(stats.model_id, identity) or [layer.shape for layer in stats.layers] != shapes:
         raise InputError(
             f"--stats {stats_file}: made for model {stats.model_id}, this is {identity}; score this model first."
         )

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -24,17 +26,28 @@ def seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
-def asked_model(model: MoECausalLM) -> dict[str, Any]:
+def weights_type(trainer: Trainer, model: MoECausalLM) -> str:
+    """In what precision the model runs: how its weights are loaded, and what the Trainer makes of them."""
+    return f"{model.dtype_name}, {trainer.precision}"
+
+
+def asked_model(trainer: Trainer, model: MoECausalLM) -> dict[str, Any]:
     path = model_path(model)
-    return {"model.path": str(Path(path)), "model_id": model_id(path), "model.dtype": model.dtype_name}
+    return {"model.path": _spelled(path), "model_id": model_id(path), "precision": weights_type(trainer, model)}
 
 
 def asked_data(data: TextDataModule) -> dict[str, Any]:
     """The text and how it is sampled; not the batch size, which changes no result."""
     if data.path is None:
         raise InputError("no text: give --data.path a file, a folder or the name of a dataset.")
-    names = ("path", "subset", "split", "tokenizer", "seq_len", "samples")
-    return {f"data.{name}": getattr(data, name) for name in names} | {"data.content": data.content_fingerprint}
+    names = ("subset", "split", "seq_len", "samples")
+    places = {f"data.{name}": _spelled(str(getattr(data, name))) for name in ("path", "tokenizer")}
+    return places | {f"data.{name}": getattr(data, name) for name in names} | {"data.content": data.content_fingerprint}
+
+
+def _spelled(path: str) -> str:
+    """One spelling for each place on disk; names on a hub stay as they are."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def checkpoint_size(path: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
@@ -11,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_moe.errors import InputError
 from lightning_moe.files import write_json
+
+VERSION = 1
 
 PACKAGES = ("lightning-moe", "torch", "lightning", "transformers", "torchmetrics")
 
@@ -47,22 +48,22 @@ class RunFolder:
     def _results_file(self) -> Path:
         return self.folder / f"{self.command}.json"
 
-    def partial(self, trainer: Trainer, **also: Any) -> Path:
-        """The folder for unfinished work of this request; every rank asks, rank zero clears that of another.
+    def partial(self, **also: Any) -> Path:
+        """The folder for unfinished work of this very request; its name is made from the request.
 
         ``also`` names what may change between requests that give the same results, but not within one piece of work.
         """
-        folder = self.folder / ".partial"
-        asked = {"command": self.command, **self._plain({**self.request, **also})}
-        if trainer.is_global_zero and self._read(folder / "request.json") != asked:
-            shutil.rmtree(folder, ignore_errors=True)
-            write_json(folder / "request.json", asked)
-        trainer.strategy.barrier("partial folder is ready")
-        return folder
+        asked = json.dumps([self.command, self._plain({**self.request, **also})], sort_keys=True)
+        return self.folder / ".partial" / hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+    def begin(self) -> None:
+        """Forget the results that are about to be replaced, so that a kill never leaves them beside other files."""
+        self._results_file.unlink(missing_ok=True)
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Write the results and return them: command, figures, what was asked, versions, seconds."""
         results = {
+            "version": VERSION,
             "command": self.command,
             **figures,
             "seconds": round(time.perf_counter() - self._start, 3),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
-from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, seed
+from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, seed, weights_type
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, model_id
+from lightning_moe.moe.checkpoints import layer_shapes, model_id, same_model
 from lightning_moe.pruning.scores import score_experts, write_scores
 from lightning_moe.stats.store import ModelStats, load_stats
 
@@ -26,14 +25,13 @@ def score(
     """Write stats.safetensors and scores.json."""
     path = model_path(model)
     layer_shapes(path)
-    run = RunFolder(out, "score", asked_model(model) | asked_data(data) | {"seed": seed()}, overwrite)
-    if run.finished and _stored(run, model, run.finished["data_fingerprint"]) is not None:
+    run = RunFolder(out, "score", asked_model(trainer, model) | asked_data(data) | {"seed": seed()}, overwrite)
+    if run.finished and _stored(run, trainer, model, run.finished["data_fingerprint"]) is not None:
         return run.finished
-    if overwrite and trainer.is_global_zero:
-        (run.folder / "stats.safetensors").unlink(missing_ok=True)
-    stats = observe(trainer, model, data, run)
+    stats = observe(trainer, model, data, run, anew=overwrite)
     if not trainer.is_global_zero:
         return None
+    run.begin()
     methods = [score_experts(stats, criterion.name, seed=seed()) for criterion in criteria()]
     write_scores(run.folder / "scores.json", methods)
     return run.finish(
@@ -49,50 +47,42 @@ def score(
     )
 
 
-def observe(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: RunFolder) -> ModelStats:
+def observe(
+    trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: RunFolder, anew: bool = False
+) -> ModelStats:
     """The statistics of this model on this text: from the run folder if it holds them, else from one pass.
 
-    A pass that was killed goes on from its last save.
+    ``anew`` makes the pass in any case. A pass that was killed goes on from its last save.
     """
     identity = model_id(model_path(model))
     data.setup("predict")
     fingerprint = data.text.fingerprint
-    stored = _stored(run, model, fingerprint)
-    if stored is not None:
+    stored = _stored(run, trainer, model, fingerprint)
+    if stored is not None and not anew:
         return stored
     if trainer.limit_predict_batches != 1.0:
         raise InputError("--trainer.limit_predict_batches: to observe less text, give --data.samples instead.")
     model.configure_model()
     check_vocabulary(model, data)
-    partial = run.partial(trainer, batch_size=data.batch_size, world_size=trainer.world_size)
-    observation = ExpertObservation(partial)
-    data.start_batch = _common_start(trainer, observation, partial)
+    partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size)
+    observation = ExpertObservation(partial, resume=data.start_at)
     trainer.callbacks.append(observation)  # type: ignore[attr-defined]
     try:
         trainer.predict(model, datamodule=data, return_predictions=False)
     finally:
         trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
-    stats = ModelStats(identity, fingerprint, observation.layers, model.dtype_name)
+    stats = ModelStats(identity, fingerprint, observation.layers, weights_type(trainer, model))
     if trainer.is_global_zero:
         stats.save(run.folder / "stats.safetensors")
     return stats
 
 
-def _stored(run: RunFolder, model: MoECausalLM, fingerprint: str) -> ModelStats | None:
+def _stored(run: RunFolder, trainer: Trainer, model: MoECausalLM, fingerprint: str) -> ModelStats | None:
     """The statistics in the run folder, if they are of this model, in this dtype, on this text."""
     file = run.folder / "stats.safetensors"
     if not file.is_file():
         return None
     stats = load_stats(file)
-    wanted = (model_id(model_path(model)), fingerprint, model.dtype_name)
-    return stats if (stats.model_id, stats.data_fingerprint, stats.dtype) == wanted else None
-
-
-def _common_start(trainer: Trainer, observation: ExpertObservation, partial: Path) -> int:
-    """The batch at which all ranks go on; if a kill left them apart, they all start anew."""
-    done = {observation.batches_done(rank) for rank in range(trainer.world_size)}
-    trainer.strategy.barrier("all ranks have looked")
-    if len(done) == 1:
-        return done.pop()
-    (partial / f"observation-{trainer.global_rank}.safetensors").unlink(missing_ok=True)
-    return 0
+    same = same_model(stats.model_id, model_id(model_path(model)))
+    wanted = (fingerprint, weights_type(trainer, model))
+    return stats if same and (stats.data_fingerprint, stats.dtype) == wanted else None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
-from transformers import AutoConfig
 
 from lightning_moe.data.loading import RankBatches, ResumableLoader
 from lightning_moe.data.packing import PackedText, pack
 from lightning_moe.data.text import content_fingerprint, count_domains, read_domains
 from lightning_moe.errors import InputError
-from lightning_moe.moe.checkpoints import load_tokenizer
+from lightning_moe.moe.checkpoints import load_tokenizer, read_config
 
 DEFAULT_SEQ_LEN = 2048
+DEFAULT_SAMPLES = 256
 SHORTEST_SEQ_LEN = 2
 
 
@@ -27,7 +26,8 @@ class TextDataModule(LightningDataModule):
         val_path: Text for validation during ``fit``; the same kinds as ``path``.
         tokenizer: Folder or hub id of the tokenizer. Default: the model's own.
         seq_len: Tokens per window. Default: 2048, or the model's maximum if that is less.
-        samples: Windows to take, spread evenly over all files and their whole length; null takes everything.
+        samples: Windows to take, spread evenly over all files and their whole length, or ``all``. Default: 256, but
+            everything for ``fit``.
         batch_size: Windows per batch and rank.
         subset: Configuration name, when ``path`` is a dataset (C4: ``en``).
         split: Split, when ``path`` is a dataset.
@@ -40,7 +40,7 @@ class TextDataModule(LightningDataModule):
         val_path: str | None = None,
         tokenizer: str | None = None,
         seq_len: int | None = None,
-        samples: int | None = 256,
+        samples: int | Literal["all"] | None = None,
         batch_size: int = 8,
         subset: str | None = None,
         split: str = "validation",
@@ -52,15 +52,15 @@ class TextDataModule(LightningDataModule):
             ("samples", samples, 1),
             ("batch_size", batch_size, 1),
         ):
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise InputError(f"--data.{name} {value}: at least {least} is needed.")
         self.path, self.val_path, self.tokenizer = path, val_path, tokenizer
         self.seq_len, self.samples, self.batch_size = seq_len, samples, batch_size
         self.subset, self.split, self.shuffle_seed = subset, split, shuffle_seed
+        self._fitting = False
         self.model_path: str | None = None
         """Folder of the model whose maximum limits the default ``seq_len``; default is the tokenizer's."""
         self.start_batch = 0
-        """Batches of the next predict loop that an earlier, killed one has done."""
         self._packed: dict[str, PackedText] = {}
 
     @property
@@ -75,8 +75,18 @@ class TextDataModule(LightningDataModule):
             tokenizer = load_tokenizer(self.tokenizer)
             seq_len = self.seq_len or default_seq_len(str(self.model_path or self.tokenizer))
             domains = read_domains(path, subset=self.subset, split=self.split)
-            self._packed[path] = pack(domains, tokenizer, seq_len, self.samples, count_domains(path), source=path)
+            self._packed[path] = pack(domains, tokenizer, seq_len, self._num_samples, count_domains(path), source=path)
         return self._packed[path]
+
+    @property
+    def _num_samples(self) -> int | None:
+        if self.samples == "all" or (self.samples is None and self._fitting):
+            return None
+        return self.samples or DEFAULT_SAMPLES
+
+    def start_at(self, batch: int) -> None:
+        """Leave out the first batches of the next predict loop: an earlier, killed one has done them."""
+        self.start_batch = batch
 
     def _loader(self, text: PackedText, *, train: bool) -> ResumableLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -98,6 +108,7 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and pack, so that bad text is refused before anything else starts."""
+        self._fitting = stage == "fit"
         self._windows(self.path)
         if stage == "fit" and self.val_path is not None:
             self._windows(self.val_path)
@@ -121,17 +132,15 @@ class TextDataModule(LightningDataModule):
 
     @property
     def content_fingerprint(self) -> str | None:
-        """Of the files' names, sizes and ends, read in no time: has the text changed? None for a dataset's name."""
+        """Of the files' names and content: has the text changed? None for the name of a dataset."""
         return None if self.path is None else content_fingerprint(self.path)
 
 
 def default_seq_len(path: str) -> int:
-    """min(2048, the model's maximum), read from the config beside the tokenizer, else from the tokenizer."""
+    """min(2048, the model's maximum), read from the config in a folder of a model, else from the tokenizer."""
     limit: int | None = None
-    if (Path(path) / "config.json").is_file():
-        limit = json.loads((Path(path) / "config.json").read_text()).get("max_position_embeddings")
-    elif not Path(path).exists():
-        limit = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    if (Path(path) / "config.json").is_file() or not Path(path).exists():
+        limit = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
     if limit is None:
         limit = load_tokenizer(path).model_max_length
     return min(DEFAULT_SEQ_LEN, limit)

@@ -15,8 +15,6 @@ from lightning_moe.files import looks_local
 DOCUMENT_SEPARATOR = "\n\n\n"
 """Two blank lines separate the documents of a ``.txt`` file."""
 
-END_BYTES = 1 << 16
-
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 
@@ -40,18 +38,15 @@ def count_domains(path: str) -> int:
 
 
 def content_fingerprint(path: str) -> str | None:
-    """Of names, sizes, first and last bytes of the files under ``path``; None for the name of a dataset."""
+    """Of the names and the content of the files under ``path``; None for the name of a dataset."""
     location = Path(path)
     if not location.exists():
         return None
     digest = hashlib.sha256()
     for file in text_files(location) if location.is_dir() else [location]:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(location)} {size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(END_BYTES))
-            stream.seek(max(0, size - END_BYTES))
-            digest.update(stream.read(END_BYTES))
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(location)} {content}".encode())
     return digest.hexdigest()[:16]
 
 

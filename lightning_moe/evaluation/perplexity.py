@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from typing import Any
 
@@ -35,8 +36,9 @@ class BatchTimer(Callback):
 
     @property
     def tokens_per_second(self) -> float:
+        """Median over batches: one that was disturbed does not count."""
         timed = self._batches[1:] or self._batches
-        return sum(tokens for _, tokens in timed) / max(sum(seconds for seconds, _ in timed), 1e-9)
+        return statistics.median(tokens / max(seconds, 1e-9) for seconds, tokens in timed)
 
 
 def check_vocabulary(model: MoECausalLM, data: TextDataModule) -> None:

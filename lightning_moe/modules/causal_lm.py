@@ -148,6 +148,8 @@ class MoECausalLM(LightningModule):
         prefix = "val" if self.trainer.state.fn == "fit" else "validate" if self.trainer.validating else "test"
         total, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
         for index, (loss, count) in sums.items():
+            if count == 0:
+                continue  # no window of this domain was sampled
             self.log(f"{prefix}/perplexity/{domains[index]}", _perplexity(loss, count), rank_zero_only=True)
         self.log(f"{prefix}/loss", total / max(tokens, 1), rank_zero_only=True)
         self.log(f"{prefix}/perplexity", _perplexity(total, tokens), prog_bar=True, rank_zero_only=True)

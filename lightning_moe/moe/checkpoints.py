@@ -25,8 +25,8 @@ from lightning_moe.moe.non_uniform import resize_moe_layers
 MODELLING_FILE = "modeling_non_uniform_moe.py"
 """The name under which the code of a non-uniform model lies beside its weights."""
 
-SAMPLE_BYTES = 1 << 16
-"""Bytes read at each of a few places of every weight file, to tell two checkpoints of one size apart."""
+WHOLE_BYTES, SAMPLE_BYTES = 1 << 20, 1 << 12
+"""To tell two checkpoints apart: tensors up to the first size are read whole, larger ones at three places."""
 
 
 def register_non_uniform() -> None:
@@ -116,17 +116,44 @@ def layer_shapes(path: str) -> list[LayerShape]:
 
 
 def model_id(path: str) -> str:
-    """Name and fingerprint of a checkpoint: its config, and the size and samples of every weight file."""
+    """Name and fingerprint of a checkpoint: its config and every tensor, small ones (routers) as a whole."""
     folder = resolve(path)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            for place in range(4):
-                stream.seek(size * place // 4)
-                digest.update(stream.read(SAMPLE_BYTES))
+            for name, start, end in _tensor_places(file):
+                digest.update(f"{name} {end - start}".encode())
+                if end - start <= WHOLE_BYTES:
+                    places = [(start, end - start)]
+                else:
+                    places = [(place, SAMPLE_BYTES) for place in (start, (start + end) // 2, end - SAMPLE_BYTES)]
+                for place, size in places:
+                    stream.seek(place)
+                    digest.update(stream.read(size))
     return f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two ids name the same checkpoint, whatever its folder is called now."""
+    return one.rpartition("@")[2] == other.rpartition("@")[2]
+
+
+def _tensor_places(file: Path) -> list[tuple[str, int, int]]:
+    """Name, first and last byte of each tensor in a safetensors file; an old file is one piece."""
+    size = file.stat().st_size
+    if file.suffix != ".safetensors":
+        return [(file.name, start, min(start + WHOLE_BYTES, size)) for start in range(0, size, WHOLE_BYTES)]
+    with file.open("rb") as stream:
+        head = int.from_bytes(stream.read(8), "little")
+        if not 0 < head <= size - 8:
+            raise InputError(f"--model.path {file.parent}: {file.name} is not a whole safetensors file.")
+        try:
+            header = json.loads(stream.read(head))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"--model.path {file.parent}: {file.name} is not a whole safetensors file.") from error
+    header.pop("__metadata__", None)
+    places = {name: entry["data_offsets"] for name, entry in header.items()}
+    return [(name, 8 + head + start, 8 + head + end) for name, (start, end) in sorted(places.items())]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -218,8 +245,9 @@ def add_modelling_file(config: dict[str, Any], folder: Path) -> None:
     """Write the code of a non-uniform model into ``folder`` and name it in ``config``; undo both if uniform."""
     holder = config.get("text_config", config)
     file = folder / MODELLING_FILE
-    base = config["architectures"][0].removeprefix("NonUniform")
-    config["architectures"] = [base]
+    base = (config.get("architectures") or [""])[0].removeprefix("NonUniform")
+    if base:
+        config["architectures"] = [base]
     if not holder.get("per_layer_config"):
         for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
             holder.pop(name, None)

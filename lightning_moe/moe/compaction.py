@@ -80,7 +80,7 @@ def compact_checkpoint(
     with replaced_folder(target) as beside:
         _copy_companions(folder, beside)
         _write_shards(_kept_tensors(files, cuts), beside, shard_bytes)
-        config = _with_counts(json.loads((folder / "config.json").read_text()), model.config)
+        config = _with_counts(json.loads((folder / "config.json").read_text()), model.config, type(model).__name__)
         add_modelling_file(config, beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -188,7 +188,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _with_counts(raw: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+def _with_counts(raw: dict[str, Any], config: PreTrainedConfig, type_name: str) -> dict[str, Any]:
     """The config as it lay on disk, with only the counts of experts changed."""
     holder, settled = raw.get("text_config", raw), config.get_text_config().to_dict()
     for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
@@ -204,6 +204,6 @@ def _with_counts(raw: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any
             holder[name] = settled[name]
     if "output_router_logits" in holder:
         holder["output_router_logits"] = settled.get("output_router_logits", False)
-    if "architectures" not in raw:
-        raw["architectures"] = config.architectures
+    if not raw.get("architectures"):
+        raw["architectures"] = [type_name]
     return raw

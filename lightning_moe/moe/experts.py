@@ -32,7 +32,7 @@ class Assignments:
     """Expert outputs before the routing weight."""
     token_N: Tensor
     weight_N: Tensor
-    """Routing weights as given by the router (times the gate, where there is one)."""
+    """Routing weights as given by the router, gates left out."""
     count_E: Tensor
 
 
@@ -48,6 +48,7 @@ class ExpertHooks:
 def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum of the chosen experts' outputs, ``(T, H)``: the same as the stock grouped path."""
     hooks: ExpertHooks | None = getattr(experts, "lightning_moe_hooks", None)
+    given_TK = weights_TK
     if hooks is not None and hooks.gates_E is not None:
         weights_TK = weights_TK * hooks.gates_E[expert_ids_TK].to(weights_TK.dtype)
     top_k, num_experts = expert_ids_TK.shape[-1], stacked_parameters(experts)["down_proj"].shape[0]
@@ -56,7 +57,7 @@ def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor
     count_E = torch.bincount(expert_N, minlength=num_experts)
     outputs_NH = _expert_outputs(experts, hidden_TH.index_select(0, token_N), expert_N, count_E)
     if hooks is not None and hooks.observe is not None:
-        hooks.observe(Assignments(outputs_NH, token_N, weights_TK.flatten()[order_N], count_E))
+        hooks.observe(Assignments(outputs_NH, token_N, given_TK.flatten()[order_N], count_E))
     position_N = torch.empty_like(order_N)
     position_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
     outputs_TKH = outputs_NH.index_select(0, position_N).view(*expert_ids_TK.shape, -1)
@@ -101,15 +102,25 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 @contextmanager
 def expert_hooks(model: PreTrainedModel, layers: list[MoELayer], hooks: Mapping[str, ExpertHooks]) -> Iterator[None]:
-    """Run ``model`` through ``experts_forward`` with ``hooks`` (by layer name) inside the context."""
-    before = model.get_experts_implementation()
+    """Run ``model`` through ``experts_forward`` with ``hooks`` (by layer name) inside the context.
+
+    Contexts nest: what an inner one does not set, an outer one's hooks still do.
+    """
+    implementation = model.get_experts_implementation()
     model.set_experts_implementation(IMPLEMENTATION)
+    outer: dict[str, ExpertHooks] = {}
     for layer in layers:
-        if layer.name in hooks:
-            layer.experts.lightning_moe_hooks = hooks[layer.name]  # type: ignore[assignment]
+        outer[layer.name] = vars(layer.experts).get("lightning_moe_hooks", ExpertHooks())
+        inner = hooks.get(layer.name, ExpertHooks())
+        vars(layer.experts)["lightning_moe_hooks"] = ExpertHooks(
+            inner.observe or outer[layer.name].observe,
+            outer[layer.name].gates_E if inner.gates_E is None else inner.gates_E,
+        )
     try:
         yield
     finally:
         for layer in layers:
-            layer.experts.__dict__.pop("lightning_moe_hooks", None)
-        model.set_experts_implementation(before)
+            vars(layer.experts)["lightning_moe_hooks"] = outer[layer.name]
+            if outer[layer.name] == ExpertHooks():
+                del vars(layer.experts)["lightning_moe_hooks"]
+        model.set_experts_implementation(implementation)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import MoELayer
 
 
@@ -60,6 +61,7 @@ class _MaskedLogits(TorchFunctionMode):
     def __init__(self, dropped_E: Tensor) -> None:
         super().__init__()
         self.dropped_E = dropped_E
+        self.hits = 0
 
     def __torch_function__(
         self,
@@ -70,6 +72,7 @@ class _MaskedLogits(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is nn.functional.linear and result.shape[-1] == self.dropped_E.shape[0]:
+            self.hits += 1
             result = result.masked_fill(self.dropped_E.to(result.device), float("-inf"))
         return result
 
@@ -98,8 +101,14 @@ def mask_experts(layer: MoELayer, keep: Sequence[int]) -> Iterator[None]:
     forward = layer.router.forward
 
     def masked_forward(*args: Any, **kwargs: Any) -> Any:
-        with _MaskedLogits(dropped_E):
-            return forward(*args, **kwargs)
+        with _MaskedLogits(dropped_E) as mask:
+            output = forward(*args, **kwargs)
+        if mask.hits != 1:
+            raise InputError(
+                f"{layer.name}: this router makes its logits by {mask.hits} linear maps in place of one, so its "
+                "experts cannot be masked; prune the model instead."
+            )
+        return output
 
     with torch.no_grad():
         for bias in biases:

@@ -22,9 +22,10 @@ def make_plan(scores: ExpertScores, ratio: float, scope: Scope, floor: int | Non
     ``layer`` drops ``round(ratio * E)`` in every layer, ``global`` drops ``round(ratio * sum of E)`` in one order
     over all layers (DiEP, eq. 11), where no layer goes below ``floor`` experts (default: what its router needs,
     which is ``top_k``). Group-limited routers lose the same number in each group, so they drop in whole slices, the
-    lowest of every group together at their mean score, and never more than asked. Of equal scores the lower id stays.
+    lowest of every group together at their mean score. Of equal scores the lower id stays.
 
-    Raises ``InputError`` when the ratio drops nothing, or more than the floors allow, with the ratios possible.
+    Raises ``InputError``, with the ratios possible, when the ratio drops nothing, more than the floors allow, or a
+    number that the groups cannot share.
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: the fraction of experts to drop must lie between 0 and 1, both excluded.")
@@ -66,12 +67,12 @@ def _most_slices(shape: LayerShape, floor: int | None) -> int:
 
 
 def _layer_slices(shape: LayerShape, ratio: float, most: int) -> int:
-    count = _round(ratio * shape.group_size)
-    if 1 <= count <= most:
-        return count
+    count = _round(ratio * shape.num_experts)
+    if count % shape.num_groups == 0 and 1 <= count // shape.num_groups <= most:
+        return count // shape.num_groups
     possible = [_named_ratio(drop, shape.group_size) for drop in range(1, most + 1)]
     where = f"{shape.name} ({shape.num_experts} experts, top_k={shape.top_k})"
-    raise InputError(_refusal(ratio, count * shape.num_groups, where, possible))
+    raise InputError(_refusal(ratio, count, where, possible))
 
 
 def _global_slices(
@@ -84,7 +85,7 @@ def _global_slices(
     count = _round(ratio * total)
     limit = sum(most[shape.name] * shape.num_groups for shape in scores.shapes)
     step = max(shape.num_groups for shape in scores.shapes)
-    if not step <= count <= limit:
+    if count % step or not step <= count <= limit:
         where = f"all {len(scores.shapes)} layers ({total} experts)"
         raise InputError(
             _refusal(ratio, count, where, [_named_ratio(drop, total) for drop in range(step, limit + 1, step)])
@@ -108,7 +109,7 @@ def _refusal(ratio: float, count: int, where: str, possible: list[str]) -> str:
     shown = possible
     if len(shown) > MOST_RATIOS_NAMED:
         shown = [*shown[: MOST_RATIOS_NAMED // 2], "...", *shown[-MOST_RATIOS_NAMED // 2 :]]
-    what = "drops nothing" if count < 1 else f"drops {count}, more than the router and the floor allow"
+    what = "drops nothing" if count < 1 else f"drops {count}, which the router's groups and the floor do not allow,"
     return f"--ratio {ratio} {what} in {where}; possible ratios: {', '.join(shown)}."
 
 

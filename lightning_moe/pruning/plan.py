@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_moe.errors import InputError
 from lightning_moe.files import write_json
+from lightning_moe.moe.checkpoints import same_model
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.surgery import check_keep
 
@@ -29,7 +30,7 @@ class PruningPlan:
     def check(self, shapes: Sequence[LayerShape], model_id: str) -> None:
         """Raise ``InputError`` unless the plan fits these layers of this model."""
         check_keep(shapes, self.keep)
-        if self.model_id is not None and self.model_id.rpartition("@")[2] != model_id.rpartition("@")[2]:
+        if self.model_id is not None and not same_model(self.model_id, model_id):
             raise InputError(
                 f"the plan was made for model {self.model_id}, this is {model_id}. To use it all the same, delete "
                 "its line `model_id`."

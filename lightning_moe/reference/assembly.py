@@ -45,7 +45,9 @@ def _measure(out: Path) -> dict[str, Any]:
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, use_distributed_sampler=False
     )
-    text = TextDataModule(str(out / "text" / "validation"), tokenizer=str(out / "model"), seq_len=SEQ_LEN, samples=None)
+    text = TextDataModule(
+        str(out / "text" / "validation"), tokenizer=str(out / "model"), seq_len=SEQ_LEN, samples="all"
+    )
     model = MoECausalLM(str(out / "model"))
     figures = measure(trainer, model, text)
     observation = ExpertObservation()

@@ -97,22 +97,29 @@ class ExpertStats(Metric):
         self.seen_EV[expert_ids_TK, ids_T.unsqueeze(-1)] = True
 
     def _add_outputs(self, expert: int, outputs_RH: Tensor, share_R: Tensor) -> None:
-        """Add one expert's rows. Sums over rows and over width are products with vectors: one pass each."""
-        width = outputs_RH.shape[1]
-        square_RH = outputs_RH.square()
-        ones_H, ones_R = outputs_RH.new_ones(width), outputs_RH.new_ones(outputs_RH.shape[0])
-        norm_sq_R = square_RH @ ones_H
-        norm_R = norm_sq_R.sqrt()
+        """Add one expert's rows. Sums over rows and over width are products with vectors: one pass each.
+
+        The spread of a dimension may be tiny beside its mean, where float32 squares would drown it. So rows are
+        squared around the block's mean ``m``, and ``sum x^2 = sum (x-m)^2 + 2 m sum (x-m) + R m^2`` in float64.
+        """
+        rows, width = outputs_RH.shape
+        ones_R, ones_H = outputs_RH.new_ones(rows), outputs_RH.new_ones(width)
+        norm_R = torch.linalg.vector_norm(outputs_RH, dim=1)
         self.norm_E[expert] += norm_R.sum(dtype=torch.float64)
-        self.norm_sq_E[expert] += norm_sq_R.sum(dtype=torch.float64)
+        self.norm_sq_E[expert] += norm_R.double().square().sum()
         self.gated_norm_E[expert] += (norm_R * share_R).sum(dtype=torch.float64)
-        self.output_sq_EH[expert] += ones_R @ square_RH
-        sums_2H = torch.stack([ones_R, 1 / norm_R.clamp(min=torch.finfo(torch.float32).tiny)]) @ outputs_RH
-        self.output_sum_EH[expert] += sums_2H[0]
+        inverse_R = 1 / norm_R.clamp(min=torch.finfo(torch.float32).tiny)
+        sums_2H = torch.stack([ones_R, inverse_R]) @ outputs_RH
         self.unit_sum_EH[expert] += sums_2H[1]
+        center_H = sums_2H[0] / rows
+        centered_RH = outputs_RH - center_H
+        rest_H, center_H = (ones_R @ centered_RH).double(), center_H.double()
+        spread_H = (ones_R @ centered_RH.square_()).double()
+        self.output_sum_EH[expert] += rows * center_H + rest_H
+        self.output_sq_EH[expert] += spread_H + 2 * center_H * rest_H + rows * center_H.square()
         mean_R = (outputs_RH @ ones_H) / width
-        limit_R = OUTLIER_STDS * (norm_sq_R / width - mean_R.square()).clamp(min=0).sqrt()
-        deviation_RH = torch.sub(outputs_RH, mean_R[:, None], out=square_RH).abs_()
+        limit_R = OUTLIER_STDS * (norm_R.square() / width - mean_R.square()).clamp(min=0).sqrt()
+        deviation_RH = torch.sub(outputs_RH, mean_R[:, None], out=centered_RH).abs_()
         self.outliers_E[expert] += (deviation_RH > limit_R[:, None]).count_nonzero()
 
     def compute(self) -> dict[str, Tensor]:
