@@ -39,7 +39,7 @@ class ExpertObservation(Callback):
         """One per MoE layer, in the order of depth, summed over ranks; filled when the loop ends."""
         self._context = ExitStack()
         self._observation: Observation | None = None
-        self._done = 0
+        self._done = self._summed = 0
 
     def _files(self, rank: int) -> dict[int, Path]:
         """The saves of a rank, by the number of batches summed."""
@@ -55,15 +55,16 @@ class ExpertObservation(Callback):
         saves: list[list[int]] = [mine] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(saves, mine)
-        self._done = max(set.intersection(*(set(one) for one in saves)), default=0)
+        self._summed = max(set.intersection(*(set(one) for one in saves)), default=0)
         if self.resume is not None:
-            self.resume(self._done)
+            self.resume(self._summed)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = next((m for m in pl_module.modules() if isinstance(m, PreTrainedModel)), None)
         if model is None:
             raise TypeError(f"ExpertObservation: {type(pl_module).__name__} holds no Hugging Face model.")
         observation = Observation(model).to(pl_module.device)
+        self._done, self._summed = self._summed, 0
         if self._done:
             observation.load_sums(load_file(self._files(trainer.global_rank)[self._done], str(pl_module.device)))
         self._observation = observation

@@ -6,10 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path
+from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, refuse_less_text
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.data.datamodule import TextDataModule
-from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
@@ -21,9 +20,7 @@ def evaluate(
     """Write evaluate.json: perplexity per domain and overall."""
     path = model_path(model)
     layer_shapes(path)
-    for option in ("limit_val_batches", "overfit_batches"):
-        if getattr(trainer, option) not in (0.0, 1.0):
-            raise InputError(f"--trainer.{option}: to evaluate less text, give --data.samples instead.")
+    refuse_less_text(trainer, "limit_val_batches")
     asked = asked_model(trainer, model)
     run = RunFolder(out, "evaluate", asked | asked_data(data), overwrite)
     if run.finished:

@@ -45,6 +45,13 @@ def asked_data(data: TextDataModule) -> dict[str, Any]:
     return places | {f"data.{name}": getattr(data, name) for name in names} | {"data.content": data.content_fingerprint}
 
 
+def refuse_less_text(trainer: Trainer, option: str) -> None:
+    """Raise ``InputError`` when a Trainer option would leave out text that the results speak of."""
+    limit = getattr(trainer, option)
+    if isinstance(limit, int) or limit != 1.0:  # the integer 1 means one batch, 1.0 all of them
+        raise InputError(f"--trainer.{option} {limit}: to take less text, give --data.samples instead.")
+
+
 def _spelled(path: str) -> str:
     """One spelling for each place on disk; names on a hub stay as they are."""
     return str(Path(path).resolve()) if Path(path).exists() else path

@@ -7,11 +7,18 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
-from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, seed, weights_type
+from lightning_moe.cli.request import (
+    asked_data,
+    asked_model,
+    checkpoint_size,
+    model_path,
+    refuse_less_text,
+    seed,
+    weights_type,
+)
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
-from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, model_id, same_model
@@ -60,8 +67,7 @@ def observe(
     stored = _stored(run, trainer, model, fingerprint)
     if stored is not None and not anew:
         return stored
-    if trainer.limit_predict_batches != 1.0:
-        raise InputError("--trainer.limit_predict_batches: to observe less text, give --data.samples instead.")
+    refuse_less_text(trainer, "limit_predict_batches")
     model.configure_model()
     check_vocabulary(model, data)
     partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size)

@@ -431,3 +431,13 @@ def test_ours_to_mend_keeps_its_traceback(place: Place, monkeypatch: pytest.Monk
     monkeypatch.setattr(trainer, "score", defect)
     with pytest.raises(AssertionError, match="ours"):
         main([str(arg) for arg in place.score()])
+
+
+@pytest.mark.parametrize("command", ["score", "prune", "evaluate", "fit"])
+def test_a_model_without_experts_is_refused_by_every_command(
+    run: Commands, dense: Path, text: Path, tmp_path: Path, command: str
+) -> None:
+    out = [] if command == "fit" else ["--out", tmp_path / "out"]
+    said = run(command, *QUIET, "--model.path", dense, "--data.path", text, *out)
+    assert said.code == 2 and len(said.err.splitlines()) == 1
+    assert str(dense) in said.err and "Mixture-of-Experts" in said.err and not (tmp_path / "out").exists()

@@ -420,8 +420,8 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     def arm(batches: int) -> dict[str, Any]:
         stock_init, stock_next = ExpertObservation.__init__, ExpertObservation._next_batch
 
-        def init(observation: ExpertObservation, partial: Path | None = None, save_every: int = 2) -> None:
-            stock_init(observation, partial, save_every)
+        def init(observation: ExpertObservation, partial: Path | None = None, resume: Any = None) -> None:
+            stock_init(observation, partial, resume, save_every=2)
 
         def next_batch(observation: ExpertObservation, batch: Any) -> None:
             if state["armed"] and state["seen"] == batches:
@@ -645,3 +645,71 @@ def test_random_state_of_the_caller_is_not_what_decides(
         run.ok(*args, "--out", tmp_path / str(number))
     assert read(tmp_path / "1" / "plan.json") == read(tmp_path / "2" / "plan.json")
     assert load_file(tmp_path / "1" / "model" / "model.safetensors").keys()
+
+
+def test_text_changed_in_its_middle_is_another_request(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(text, tmp_path / "text"))
+    args = ("--model.path", checkpoint, "--data.path", copy, "--out", tmp_path / "out")
+    run.ok("evaluate", *QUIET, *args)
+    file = copy / "harbour.txt"
+    content = file.read_text()
+    middle = len(content) // 2
+    file.write_text(content[:middle] + "xyzzy" + content[middle + 5 :])
+    assert run("evaluate", *QUIET, *args).code == 2
+
+
+def test_a_bare_overwrite_is_a_yes_and_one_spelling_is_as_good_as_another(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    args = ["evaluate", *QUIET, "--data.path", text, "--out", tmp_path / "out"]
+    run.ok(*args, "--model.path", checkpoint, "--data.samples", 2)
+    assert run(*args, "--model.path", checkpoint, "--data.samples", 3).code == 2
+    run.ok(*args, "--model.path", checkpoint, "--data.samples", 3, "--overwrite")
+    again = run.ok(*args, "--model.path", f"{checkpoint}/../{checkpoint.name}", "--data.samples", 3)
+    assert "before" in again.out
+
+
+def test_less_text_by_a_trainer_option_is_refused(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    for command, option in (("evaluate", "limit_val_batches"), ("score", "limit_predict_batches")):
+        args = ("--model.path", checkpoint, "--data.path", text, "--out", tmp_path / "out")
+        said = run(command, *QUIET, *args, f"--trainer.{option}", 1)
+        assert said.code == 2 and option in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_precision_is_another_request(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    args = ("evaluate", *QUIET, "--model.path", checkpoint, "--data.path", text, "--out", tmp_path / "out")
+    run.ok(*args, "--trainer.precision", "bf16-true")
+    assert "precision" in run(*args).err
+
+
+def test_a_kill_between_model_and_plan_leaves_no_lie(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("prune", *QUIET, "--model.path", checkpoint, "--data.path", text, "--out", tmp_path / "out")
+    run.ok(*args, "--ratio", 0.25)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_moe.pruning.plan.PruningPlan.save", lambda *_: (_ for _ in ()).throw(SystemExit(9)))
+        run(*args, "--ratio", 0.5, "--overwrite")
+    run.ok(*args, "--ratio", 0.25)
+    kept = {len(ids) for ids in json.loads((tmp_path / "out" / "plan.json").read_text())["keep"].values()}
+    assert (
+        kept == {6} and AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.num_local_experts == 6
+    )
+
+
+def test_a_domain_without_a_window_has_no_figure(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ("--model.path", checkpoint, "--data.path", text, "--data.samples", 1, "--out", out)
+    run.ok("evaluate", *QUIET, *args)
+    assert "NaN" not in (out / "summary.json").read_text()
+    assert len(json.loads((out / "summary.json").read_text())["domains"]) == 1
+
+
+def test_a_plan_leaves_no_other_choice(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"keep": {}}))
+    said = run("prune", *QUIET, "--model.path", checkpoint, "--plan", plan, "--ratio", 0.25, "--out", tmp_path / "out")
+    assert said.code == 2 and "--ratio" in said.err and not (tmp_path / "out").exists()
