@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
 
 from lightning_moe.moe.experts import Assignments
@@ -78,12 +79,7 @@ class ExpertStats(Metric):
             expert_N = torch.arange(count_E.shape[0], device=count_E.device).repeat_interleave(count_E)[real_N]
             outputs_NH, share_N = outputs_NH[real_N], share_N[real_N]
             count_E = torch.bincount(expert_N, minlength=count_E.shape[0])
-        start = 0
-        for expert, count in enumerate(count_E.tolist()):
-            for first in range(start, start + count, BLOCK_ROWS):
-                rows = slice(first, min(first + BLOCK_ROWS, start + count))
-                self._add_outputs(expert, outputs_NH[rows].float(), share_N[rows])
-            start += count
+        self._add_outputs(outputs_NH, share_N, count_E.tolist())
 
     def _add_routing(self, routing: Routing, input_ids_T: Tensor, mask_T: Tensor) -> None:
         expert_ids_TK, ids_T = routing.expert_ids_TK[mask_T], input_ids_T[mask_T]
@@ -96,31 +92,48 @@ class ExpertStats(Metric):
         self.together_EE += chosen_TE.T @ chosen_TE
         self.seen_EV[expert_ids_TK, ids_T.unsqueeze(-1)] = True
 
-    def _add_outputs(self, expert: int, outputs_RH: Tensor, share_R: Tensor) -> None:
-        """Add one expert's rows. Sums over rows and over width are products with vectors: one pass each.
-
-        The spread of a dimension may be tiny beside its mean, where float32 squares would drown it. So rows are
-        squared around the block's mean ``m``, and ``sum x^2 = sum (x-m)^2 + 2 m sum (x-m) + R m^2`` in float64.
-        """
-        rows, width = outputs_RH.shape
-        ones_R, ones_H = outputs_RH.new_ones(rows), outputs_RH.new_ones(width)
-        norm_R = torch.linalg.vector_norm(outputs_RH, dim=1)
-        self.norm_E[expert] += norm_R.sum(dtype=torch.float64)
-        self.norm_sq_E[expert] += norm_R.double().square().sum()
-        self.gated_norm_E[expert] += (norm_R * share_R).sum(dtype=torch.float64)
-        inverse_R = 1 / norm_R.clamp(min=torch.finfo(torch.float32).tiny)
-        sums_2H = torch.stack([ones_R, inverse_R]) @ outputs_RH
-        self.unit_sum_EH[expert] += sums_2H[1]
-        center_H = sums_2H[0] / rows
-        centered_RH = outputs_RH - center_H
-        rest_H, center_H = (ones_R @ centered_RH).double(), center_H.double()
-        spread_H = (ones_R @ centered_RH.square_()).double()
-        self.output_sum_EH[expert] += rows * center_H + rest_H
-        self.output_sq_EH[expert] += spread_H + 2 * center_H * rest_H + rows * center_H.square()
-        mean_R = (outputs_RH @ ones_H) / width
-        limit_R = OUTLIER_STDS * (norm_R.square() / width - mean_R.square()).clamp(min=0).sqrt()
-        deviation_RH = torch.sub(outputs_RH, mean_R[:, None], out=centered_RH).abs_()
-        self.outliers_E[expert] += (deviation_RH > limit_R[:, None]).count_nonzero()
+    def _add_outputs(self, outputs_NH: Tensor, share_N: Tensor, counts: list[int]) -> None:
+        """Add the sorted rows of all experts, a block at a time, and the blocks' sums all at once."""
+        experts: list[int] = []
+        sums: list[dict[str, Tensor]] = []
+        start = 0
+        for expert, count in enumerate(counts):
+            for first in range(start, start + count, BLOCK_ROWS):
+                rows = slice(first, min(first + BLOCK_ROWS, start + count))
+                experts.append(expert)
+                sums.append(_block_sums(outputs_NH[rows].float(), share_N[rows]))
+            start += count
+        ids = torch.tensor(experts, device=outputs_NH.device)
+        for name in sums[0]:
+            getattr(self, name).index_add_(0, ids, torch.stack([block[name] for block in sums]))
 
     def compute(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.names}
+
+
+def _block_sums(outputs_RH: Tensor, share_R: Tensor) -> dict[str, Tensor]:
+    """One expert's sums over a block of rows, float64. Sums over rows are products with vectors: one pass each.
+
+    The spread of a dimension may be tiny beside its mean, where float32 squares would drown it. So rows are squared
+    around the block's mean ``m``, and ``sum x^2 = sum (x-m)^2 + 2 m sum (x-m) + R m^2`` in float64.
+    """
+    rows, width = outputs_RH.shape
+    ones_R = outputs_RH.new_ones(rows)
+    norm_R = torch.linalg.vector_norm(outputs_RH, dim=1)
+    inverse_R = 1 / norm_R.clamp(min=torch.finfo(torch.float32).tiny)
+    sums_2H = torch.stack([ones_R, inverse_R]) @ outputs_RH
+    center_H = sums_2H[0] / rows
+    centered_RH = outputs_RH - center_H
+    rest_H, center_H = (ones_R @ centered_RH).double(), center_H.double()
+    spread_H = (ones_R @ centered_RH.square_()).double()
+    # Layer norm without its small constant gives deviations in units of std; a constant row gives NaN, no outlier.
+    deviation_RH = functional.layer_norm(outputs_RH, (width,), eps=0.0).abs_()
+    return {
+        "norm_E": norm_R.sum(dtype=torch.float64),
+        "norm_sq_E": norm_R.double().square().sum(),
+        "gated_norm_E": (norm_R * share_R).sum(dtype=torch.float64),
+        "outliers_E": (deviation_RH > OUTLIER_STDS).count_nonzero().double(),
+        "output_sum_EH": rows * center_H + rest_H,
+        "output_sq_EH": spread_H + 2 * center_H * rest_H + rows * center_H.square(),
+        "unit_sum_EH": sums_2H[1].double(),
+    }
