@@ -1,4 +1,4 @@
-"""HFCheckpoint: a Hugging Face folder of the model, written while and after a fit."""
+"""HFCheckpoint: a Hugging Face folder of the model, written when a fit ends."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class HFCheckpoint(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             save_model(self._model(pl_module), Path(self.folder), self.tokenizer, self.dtype)
+            print(f"The model is in {self.folder}.")
 
     @staticmethod
     def _model(pl_module: LightningModule) -> PreTrainedModel:

@@ -30,6 +30,12 @@ class OneLineParser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+        text = re.sub(r"Parser key \"([\w.]+)\":", r"--\1:", text)
+        choices = re.search(r"Literal\[(.*?)\]", text)
+        if choices:
+            option, value = re.search(r"--[\w.]+", text), re.search(r"(?:Got|Given) value: (\S+)", text)
+            text = f"{option[0] if option else 'an option'}: {value[1] if value else 'that'} is none of {choices[1]}."
+        text = re.sub(r"a <class '(\w+)'>", r"a value of type \1", text)
         commands = "|".join(MoECLI.subcommands())
         text = re.sub(rf"arguments are required: (?:{commands})\.", "arguments are required: --", text)
         unknown = re.search(r"(?:unrecognized arguments:|invalid choice:|accept option) '?([\w.-]+)", text)
@@ -92,6 +98,7 @@ def main(args: ArgsType = None) -> None:
             auto_configure_optimizers=False,  # MoECausalLM has its own, with decay groups
             seed_everything_default=0,
             parser_class=OneLineParser,
+            parser_kwargs={"description": "Train, score, prune and evaluate Mixture-of-Experts language models."},
             args=args,
         )
     except (InputError, MisconfigurationException, OSError) as error:

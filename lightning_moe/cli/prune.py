@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ def prune(
             plan.check(shapes, identity)
         except InputError as error:
             raise InputError(f"--plan {plan_file}: {error}") from error
+        # It may have been edited since: what its `made_by` says of method and ratio need not hold.
+        plan = replace(plan, made_by={"method": "plan", "file": plan_file})
         asked: dict[str, Any] = {"plan": plan.keep}
     else:
         # An impossible ratio is refused before any work: equal scores need the same counts.
@@ -146,6 +148,7 @@ def _reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[
         "uniform": len(set(kept.values())) == 1,
         "experts_before": sum(shape.num_experts for shape in shapes),
         "experts_after": sum(kept.values()),
+        "dropped_fraction": round(1 - sum(kept.values()) / sum(shape.num_experts for shape in shapes), 4),
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
     }

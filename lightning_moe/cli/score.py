@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -71,10 +72,20 @@ def observe(
     model.configure_model()
     check_vocabulary(model, data)
     partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size)
-    observation = ExpertObservation(partial, resume=data.start_at)
+
+    def resume(batch: int) -> None:
+        data.start_at(batch)
+        if batch and trainer.is_global_zero:
+            print(f"Going on from batch {batch} of an earlier pass.")
+
+    observation = ExpertObservation(partial, resume)
     trainer.callbacks.append(observation)  # type: ignore[attr-defined]
     try:
         trainer.predict(model, datamodule=data, return_predictions=False)
+    except (KeyboardInterrupt, SystemExit):
+        if any(partial.glob("*")) and trainer.is_global_zero:
+            print("Stopped; the same command goes on from the last save.", file=sys.stderr)
+        raise
     finally:
         trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
     stats = ModelStats(identity, fingerprint, observation.layers, weights_type(trainer, model))

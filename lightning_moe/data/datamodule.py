@@ -73,7 +73,11 @@ class TextDataModule(LightningDataModule):
             raise InputError("no text: give --data.path a file, a folder or the name of a dataset.")
         if path not in self._packed:
             tokenizer = load_tokenizer(self.tokenizer)
-            seq_len = self.seq_len or default_seq_len(str(self.model_path or self.tokenizer))
+            model = str(self.model_path or self.tokenizer)
+            limit = longest_seq_len(model)
+            if self.seq_len is not None and limit is not None and self.seq_len > limit:
+                raise InputError(f"--data.seq_len {self.seq_len}: the model {model} takes at most {limit} tokens.")
+            seq_len = self.seq_len or default_seq_len(limit, tokenizer)
             domains = read_domains(path, subset=self.subset, split=self.split)
             self._packed[path] = pack(domains, tokenizer, seq_len, self._num_samples, count_domains(path), source=path)
         return self._packed[path]
@@ -136,11 +140,14 @@ class TextDataModule(LightningDataModule):
         return None if self.path is None else content_fingerprint(self.path)
 
 
-def default_seq_len(path: str) -> int:
-    """min(2048, the model's maximum), read from the config in a folder of a model, else from the tokenizer."""
-    limit: int | None = None
-    if (Path(path) / "config.json").is_file() or not Path(path).exists():
-        limit = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        limit = load_tokenizer(path).model_max_length
-    return min(DEFAULT_SEQ_LEN, limit)
+def default_seq_len(limit: int | None, tokenizer: Any) -> int:
+    """min(2048, the model's maximum, or else the tokenizer's)."""
+    return min(DEFAULT_SEQ_LEN, limit or tokenizer.model_max_length)
+
+
+def longest_seq_len(path: str) -> int | None:
+    """The maximum that the config of a model names; None where there is no config, as beside a lone tokenizer."""
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        return None
+    limit: int | None = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
+    return limit

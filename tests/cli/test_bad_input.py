@@ -441,3 +441,16 @@ def test_a_model_without_experts_is_refused_by_every_command(
     said = run(command, *QUIET, "--model.path", dense, "--data.path", text, *out)
     assert said.code == 2 and len(said.err.splitlines()) == 1
     assert str(dense) in said.err and "Mixture-of-Experts" in said.err and not (tmp_path / "out").exists()
+
+
+def test_windows_longer_than_the_model_knows_are_refused(place: Place, run: Commands) -> None:
+    said = run(*place.evaluate("--data.seq_len", 100_000))
+    assert said.code == 2 and "at most" in said.err and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option, value, known", [("direction", "up", "'max'"), ("scope", "both", "'global'")])
+def test_a_wrong_choice_is_told_the_right_ones(
+    place: Place, run: Commands, option: str, value: str, known: str
+) -> None:
+    said = run(*place.cut(f"--{option}", value))
+    assert said.code == 2 and f"--{option}: {value} is none of" in said.err and known in said.err

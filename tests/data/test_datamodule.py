@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_moe.data.datamodule import TextDataModule, default_seq_len, load_tokenizer
+from lightning_moe.data.datamodule import TextDataModule, default_seq_len, longest_seq_len
 from lightning_moe.data.loading import ResumableLoader
 from lightning_moe.errors import InputError
+from lightning_moe.moe.checkpoints import load_tokenizer
 from tests.helpers.checkpoint import documents, edited_copy, save_checkpoint, save_tokenizer, write_text
 
 
@@ -33,12 +34,13 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("maximum", "expected"), [(128, 128), (2048, 2048), (32768, 2048)])
 def test_default_window(checkpoint: Path, tmp_path: Path, maximum: int, expected: int) -> None:
     folder = edited_copy(checkpoint, tmp_path / "model", max_position_embeddings=maximum)
-    assert default_seq_len(str(folder)) == expected
+    assert default_seq_len(longest_seq_len(str(folder)), load_tokenizer(str(folder))) == expected
 
 
 def test_default_window_of_a_tokenizer_alone(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    assert default_seq_len(str(tmp_path)) == 2048
+    assert longest_seq_len(str(tmp_path)) is None
+    assert default_seq_len(None, load_tokenizer(str(tmp_path))) == 2048
 
 
 def test_default_window_of_a_model_with_another_tokenizer(checkpoint: Path, text: Path, tmp_path: Path) -> None:
