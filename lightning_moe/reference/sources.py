@@ -3,7 +3,7 @@
 Every package is pinned, and is public domain or permissively licensed (see
 ``LICENSES/`` beside this module).  Downloads go through ``npm`` and ``apt-get``
 (a Debian bookworm system), unpacking through ``dpkg-deb``.  Once Debian replaces
-a pinned version, take it from snapshot.debian.org and put it in the cache folder.
+a pinned version, take it from Debian's snapshot archive and put it in the cache folder.
 """
 
 from __future__ import annotations
