@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_moe.files import replaced_file
+from lightning_moe.moe.layers import hugging_face_model
 from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.observation import Observation
 
@@ -60,9 +60,7 @@ class ExpertObservation(Callback):
             self.resume(self._summed)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = next((m for m in pl_module.modules() if isinstance(m, PreTrainedModel)), None)
-        if model is None:
-            raise TypeError(f"ExpertObservation: {type(pl_module).__name__} holds no Hugging Face model.")
+        model = hugging_face_model(pl_module, "ExpertObservation")
         observation = Observation(model).to(pl_module.device)
         self._done, self._summed = self._summed, 0
         if self._done:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import load_tokenizer, save_model
+from lightning_moe.moe.layers import hugging_face_model
 
 
 class HFCheckpoint(Callback):
@@ -34,17 +34,11 @@ class HFCheckpoint(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._model(pl_module)
+        hugging_face_model(pl_module, "HFCheckpoint")  # likewise
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            save_model(self._model(pl_module), Path(self.folder), self.tokenizer, self.dtype)
+            model = hugging_face_model(pl_module, "HFCheckpoint")
+            save_model(model, Path(self.folder), self.tokenizer, self.dtype)
             print(f"The model is in {self.folder}.")
-
-    @staticmethod
-    def _model(pl_module: LightningModule) -> PreTrainedModel:
-        model = next((m for m in pl_module.modules() if isinstance(m, PreTrainedModel)), None)
-        if model is None:
-            raise TypeError(f"HFCheckpoint: {type(pl_module).__name__} holds no Hugging Face model.")
-        return model

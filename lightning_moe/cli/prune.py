@@ -19,7 +19,7 @@ from lightning_moe.criteria import Direction, criteria, get_criterion
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, model_id, resolve, same_model
+from lightning_moe.moe.checkpoints import layer_shapes, resolve, same_model
 from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import Scope, make_plan
@@ -62,7 +62,8 @@ def prune(
             f"prune works from one of --data.path, --stats or --plan; given: {' and '.join(given) or 'none'}."
         )
     get_criterion(cut.method)
-    shapes, identity = layer_shapes(path), model_id(path)
+    shapes, asked_of = layer_shapes(path), asked_model(trainer, model)
+    identity = asked_of["model_id"]
     plan: PruningPlan | None = None
     stats: ModelStats | None = None
     if plan_file is not None:
@@ -89,7 +90,7 @@ def prune(
     target = Path(out) / "model"
     if target.resolve() == resolve(path).resolve():
         raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
-    run = RunFolder(out, "prune", asked_model(trainer, model) | asked, overwrite)
+    run = RunFolder(out, "prune", asked_of | asked, overwrite)
     if run.finished and target.is_dir():
         return run.finished
     scores: list[ExpertScores] = []

@@ -15,14 +15,13 @@ from lightning_moe.cli.request import (
     model_path,
     refuse_less_text,
     seed,
-    weights_type,
 )
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, model_id, same_model
+from lightning_moe.moe.checkpoints import layer_shapes, same_model
 from lightning_moe.pruning.scores import score_experts, write_scores
 from lightning_moe.stats.store import ModelStats, load_stats
 
@@ -34,7 +33,7 @@ def score(
     path = model_path(model)
     layer_shapes(path)
     run = RunFolder(out, "score", asked_model(trainer, model) | asked_data(data) | {"seed": seed()}, overwrite)
-    if run.finished and _stored(run, trainer, model, run.finished["data_fingerprint"]) is not None:
+    if run.finished and _stored(run, run.finished["data_fingerprint"]) is not None:
         return run.finished
     stats = observe(trainer, model, data, run, anew=overwrite)
     if not trainer.is_global_zero:
@@ -62,10 +61,9 @@ def observe(
 
     ``anew`` makes the pass in any case. A pass that was killed goes on from its last save.
     """
-    identity = model_id(model_path(model))
     data.setup("predict")
     fingerprint = data.text.fingerprint
-    stored = _stored(run, trainer, model, fingerprint)
+    stored = _stored(run, fingerprint)
     if stored is not None and not anew:
         return stored
     refuse_less_text(trainer, "limit_predict_batches")
@@ -74,7 +72,7 @@ def observe(
     partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size)
 
     def resume(batch: int) -> None:
-        data.start_at(batch)
+        data.start_batch = batch
         if batch and trainer.is_global_zero:
             print(f"Going on from batch {batch} of an earlier pass.")
 
@@ -88,18 +86,18 @@ def observe(
         raise
     finally:
         trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
-    stats = ModelStats(identity, fingerprint, observation.layers, weights_type(trainer, model))
+    stats = ModelStats(run.request["model_id"], fingerprint, observation.layers, run.request["precision"])
     if trainer.is_global_zero:
         stats.save(run.folder / "stats.safetensors")
     return stats
 
 
-def _stored(run: RunFolder, trainer: Trainer, model: MoECausalLM, fingerprint: str) -> ModelStats | None:
-    """The statistics in the run folder, if they are of this model, in this dtype, on this text."""
+def _stored(run: RunFolder, fingerprint: str) -> ModelStats | None:
+    """The statistics in the run folder, if they are of the requested model, in this precision, on this text."""
     file = run.folder / "stats.safetensors"
     if not file.is_file():
         return None
     stats = load_stats(file)
-    same = same_model(stats.model_id, model_id(model_path(model)))
-    wanted = (fingerprint, weights_type(trainer, model))
+    same = same_model(stats.model_id, run.request["model_id"])
+    wanted = (fingerprint, run.request["precision"])
     return stats if same and (stats.data_fingerprint, stats.dtype) == wanted else None

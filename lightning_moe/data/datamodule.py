@@ -61,6 +61,7 @@ class TextDataModule(LightningDataModule):
         self.model_path: str | None = None
         """Folder of the model whose maximum limits the default ``seq_len``; default is the tokenizer's."""
         self.start_batch = 0
+        """Batches to leave out of the next predict loop: an earlier, killed one has done them."""
         self._packed: dict[str, PackedText] = {}
 
     @property
@@ -87,10 +88,6 @@ class TextDataModule(LightningDataModule):
         if self.samples == "all" or (self.samples is None and self._fitting):
             return None
         return self.samples or DEFAULT_SAMPLES
-
-    def start_at(self, batch: int) -> None:
-        """Leave out the first batches of the next predict loop: an earlier, killed one has done them."""
-        self.start_batch = batch
 
     def _loader(self, text: PackedText, *, train: bool) -> ResumableLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

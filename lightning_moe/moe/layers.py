@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.non_uniform import Block, find_blocks, per_expert_tensors, stacked_parameters
@@ -104,6 +105,14 @@ class MoELayer:
         """The biases that only steer the choice of experts (DeepSeek-V3, Ernie), not their weight."""
         found = per_expert_tensors(self.parts)
         return [tensor for owner, name, tensor, _ in found if owner is not self.experts and "correction" in name]
+
+
+def hugging_face_model(module: nn.Module, asker: str) -> PreTrainedModel:
+    """The Hugging Face model inside anybody's module; ``asker`` opens the error when there is none."""
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise TypeError(f"{asker}: {type(module).__name__} holds no Hugging Face model.")
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
