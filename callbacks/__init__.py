@@ -2,5 +2,6 @@
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
+from lightning_moe.callbacks.importance_figures import ImportanceFigures
 
-__all__ = ["ExpertObservation", "HFCheckpoint"]
+__all__ = ["ExpertObservation", "HFCheckpoint", "ImportanceFigures"]

@@ -11,3 +11,8 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe(error: BaseException) -> str:
+    """One line for a record: bad input speaks for itself, anything else is named by its type."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"

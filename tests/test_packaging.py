@@ -25,7 +25,8 @@ ROOMS: list[set[str]] = [
     {"criteria"},
     {"pruning"},
     {"modules", "callbacks"},
-    {"evaluation"},
+    {"search"},
+    {"evaluation", "report"},
     {"reference"},
     {"cli"},
 ]

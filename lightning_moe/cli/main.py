@@ -20,7 +20,7 @@ from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 
-COMMANDS = ("score", "prune", "evaluate", "demo")
+COMMANDS = ("score", "search", "prune", "evaluate", "compare", "demo")
 """Our commands; each is a method of ``MoETrainer``."""
 
 
@@ -34,7 +34,9 @@ class OneLineParser(LightningArgumentParser):
         choices = re.search(r"Literal\[(.*?)\]", text)
         if choices:
             option, value = re.search(r"--[\w.]+", text), re.search(r"(?:Got|Given) value: (\S+)", text)
-            text = f"{option[0] if option else 'an option'}: {value[1] if value else 'that'} is none of {choices[1]}."
+            known = f"true, false, {choices[1]}" if "<class 'bool'>" in text else choices[1]
+            text = f"{option[0] if option else 'an option'}: {value[1] if value else 'that'} is none of {known}."
+        text = re.sub(r"Expected a <class '[\w.]*Sequence'>\. Got value: (.+)", r"\1 is no list; write '[\1]'.", text)
         text = re.sub(r"a <class '(\w+)'>", r"a value of type \1", text)
         commands = "|".join(MoECLI.subcommands())
         text = re.sub(rf"arguments are required: (?:{commands})\.", "arguments are required: --", text)

@@ -12,20 +12,22 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
+from lightning_moe.cli.methods import Job, get_method
 from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, seed
 from lightning_moe.cli.run_folder import RunFolder
-from lightning_moe.cli.score import observe
+from lightning_moe.cli.score import known_stats, observe
+from lightning_moe.cli.skipping import Skipping, wanted_entry
 from lightning_moe.criteria import Direction, criteria, get_criterion
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, resolve, same_model
+from lightning_moe.moe.checkpoints import layer_shapes, resolve
 from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import PruningPlan, load_plan
 from lightning_moe.pruning.scores import ExpertScores, score_experts, write_scores
-from lightning_moe.stats.store import ModelStats, load_stats
+from lightning_moe.stats.store import ModelStats
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ class Cut:
     floor: int | None = None
 
     def asked(self) -> dict[str, Any]:
-        direction = self.direction or get_criterion(self.method).direction
-        return {**vars(self), "direction": direction} | ({"seed": seed()} if self.method == "random" else {})
+        method = get_method(self.method)
+        if method.needs_text and self.direction is not None:
+            raise InputError(f"--direction {self.direction}: {self.method} is a search, no criterion; leave it out.")
+        direction = None if method.needs_text else self.direction or get_criterion(self.method).direction
+        return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
 
 
 def prune(
@@ -52,8 +57,12 @@ def prune(
     stats_file: str | None,
     plan_file: str | None,
     overwrite: bool,
+    skipping: Skipping = None,
 ) -> dict[str, Any] | None:
-    """Write plan.json and model/, and what led to them. One of text, statistics or plan is the source."""
+    """Write plan.json and model/, and what led to them. One of text, statistics or plan is the source.
+
+    Text and statistics also give the model its skip tables; ``skipping`` says whether it uses them.
+    """
     path = model_path(model)
     sources = {"--data.path": data.path, "--stats": stats_file, "--plan": plan_file}
     given = [name for name, value in sources.items() if value is not None]
@@ -61,7 +70,9 @@ def prune(
         raise InputError(
             f"prune works from one of --data.path, --stats or --plan; given: {' and '.join(given) or 'none'}."
         )
-    get_criterion(cut.method)
+    method = get_method(cut.method)
+    if method.needs_text and stats_file is not None:
+        raise InputError(f"--stats {stats_file}: {cut.method} searches on the text itself; give --data.path instead.")
     shapes, asked_of = layer_shapes(path), asked_model(trainer, model)
     identity = asked_of["model_id"]
     plan: PruningPlan | None = None
@@ -78,15 +89,18 @@ def prune(
             raise InputError(f"--plan {plan_file}: {error}") from error
         # It may have been edited since: what its `made_by` says of method and ratio need not hold.
         plan = replace(plan, made_by={"method": "plan", "file": plan_file})
+        wanted_entry(path, None, skipping)  # refused before any work
         asked: dict[str, Any] = {"plan": plan.keep}
     else:
         # An impossible ratio is refused before any work: equal scores need the same counts.
         blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
         make_plan(ExpertScores(identity, "", cut.method, shapes, blank), cut.ratio, cut.scope, cut.floor)
         if stats_file is not None:
-            stats = _known_stats(stats_file, identity, shapes)
+            stats = known_stats(stats_file, identity, shapes)
         source = {"stats": stats.data_fingerprint} if stats is not None else asked_data(data)
         asked = cut.asked() | source
+    if skipping is not None:
+        asked["skipping"] = skipping
     target = Path(out) / "model"
     if target.resolve() == resolve(path).resolve():
         raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
@@ -95,8 +109,13 @@ def prune(
         return run.finished
     scores: list[ExpertScores] = []
     if plan is None:
-        stats = stats or observe(trainer, model, data, run)
-        scores = _all_scores(stats, cut)
+        job = Job(trainer, model, data, lambda whole: observe(trainer, whole, data, run))
+        stats = stats or job.stats
+        if method.needs_text:
+            scores = [method.run(job, cut.ratio, seed(), run.partial(batch_size=data.batch_size))]
+        else:
+            scores = [score_experts(stats, cut.method, cut.direction, seed())]
+        scores += [score_experts(stats, one.name, seed=seed()) for one in criteria() if one.name != cut.method]
         plan = make_plan(scores[0], cut.ratio, cut.scope, cut.floor)
     if not trainer.is_global_zero:
         return None
@@ -107,7 +126,9 @@ def prune(
         )
     run.begin()
     started = time.perf_counter()
-    compact_checkpoint(path, plan.keep, target)  # first: when the weights turn out damaged, nothing is written
+    entry = wanted_entry(path, stats, skipping)
+    # The model first: when its weights turn out damaged, nothing is written.
+    compact_checkpoint(path, plan.keep, target, skipping=entry)
     plan.save(run.folder / "plan.json")
     if scores:
         write_scores(run.folder / "scores.json", scores)
@@ -121,24 +142,6 @@ def prune(
             "world_size": trainer.world_size,
         }
     )
-
-
-def _known_stats(stats_file: str, identity: str, shapes: list[LayerShape]) -> ModelStats:
-    """Statistics from a file, or from the run folder that holds one."""
-    file = Path(stats_file)
-    stats = load_stats(file / "stats.safetensors" if file.is_dir() else file)
-    if not same_model(stats.model_id, identity) or [layer.shape for layer in stats.layers] != shapes:
-        raise InputError(
-            f"--stats {stats_file}: made for model {stats.model_id}, this is {identity}; score this model first."
-        )
-    return stats
-
-
-def _all_scores(stats: ModelStats, cut: Cut) -> list[ExpertScores]:
-    """The scores of the chosen method first, then of all others."""
-    chosen = score_experts(stats, cut.method, cut.direction, seed())
-    others = (score_experts(stats, other.name, seed=seed()) for other in criteria() if other.name != cut.method)
-    return [chosen, *others]
 
 
 def _reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[str, list[int]]) -> dict[str, Any]:

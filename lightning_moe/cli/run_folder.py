@@ -43,6 +43,9 @@ class RunFolder:
             )
         self.finished = found | {"repeated": True} if found is not None and not overwrite else None
         """The results, if this very request has been carried out here before."""
+        asked_before = found is not None and found.get("request") == self._plain(self.request)
+        self.begun = found is not None and asked_before and found.get("finished") is False
+        """Whether this very request was begun here and did not come to its end; of commands that record it."""
 
     @property
     def _results_file(self) -> Path:
@@ -60,7 +63,7 @@ class RunFolder:
         """Forget the results that are about to be replaced, so that a kill never leaves them beside other files."""
         self._results_file.unlink(missing_ok=True)
 
-    def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+    def save(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Write the results and return them: command, figures, what was asked, versions, seconds."""
         results = {
             "version": VERSION,
@@ -70,8 +73,13 @@ class RunFolder:
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "request": self.request,
         }
-        for file in (self._results_file, self.folder / "summary.json"):
-            write_json(file, results)
+        write_json(self._results_file, results)
+        return results
+
+    def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the results, also as those of the last command; unfinished work is no longer needed."""
+        results = self.save(figures)
+        write_json(self.folder / "summary.json", results)
         shutil.rmtree(self.folder / ".partial", ignore_errors=True)
         return results
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -19,11 +21,13 @@ from lightning_moe.cli.request import (
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, same_model
+from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.scores import score_experts, write_scores
-from lightning_moe.stats.store import ModelStats, load_stats
+from lightning_moe.stats.store import VERSION, ModelStats, load_stats
 
 
 def score(
@@ -69,7 +73,7 @@ def observe(
     refuse_less_text(trainer, "limit_predict_batches")
     model.configure_model()
     check_vocabulary(model, data)
-    partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size)
+    partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size, stats=VERSION)
 
     def resume(batch: int) -> None:
         data.start_batch = batch
@@ -89,6 +93,17 @@ def observe(
     stats = ModelStats(run.request["model_id"], fingerprint, observation.layers, run.request["precision"])
     if trainer.is_global_zero:
         stats.save(run.folder / "stats.safetensors")
+    return stats
+
+
+def known_stats(stats_file: str, identity: str, shapes: Sequence[LayerShape]) -> ModelStats:
+    """Statistics from a file, or from the run folder that holds one, if they are of this model."""
+    file = Path(stats_file)
+    stats = load_stats(file / "stats.safetensors" if file.is_dir() else file)
+    if not same_model(stats.model_id, identity) or [layer.shape for layer in stats.layers] != list(shapes):
+        raise InputError(
+            f"--stats {stats_file}: made for model {stats.model_id}, this is {identity}; score this model first."
+        )
     return stats
 
 

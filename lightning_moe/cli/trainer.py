@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
+from lightning_moe.cli.compare import compare
 from lightning_moe.cli.demo import demo
 from lightning_moe.cli.display import show
 from lightning_moe.cli.evaluate import evaluate
+from lightning_moe.cli.grid import make_grid
 from lightning_moe.cli.prune import Cut, prune
+from lightning_moe.cli.request import seed
 from lightning_moe.cli.score import score
+from lightning_moe.cli.search import SearchRequest, search
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.search.diep import Score
+from lightning_moe.search.objective import Target
+from lightning_moe.search.relaxation import Relaxation
 
 
 class MoETrainer(Trainer):
@@ -33,6 +41,85 @@ class MoETrainer(Trainer):
         """
         show(out, score(self, model, datamodule, out, overwrite))
 
+    def search(
+        self,
+        model: MoECausalLM,
+        datamodule: TextDataModule,
+        out: str,
+        ratio: float = Cut.ratio,
+        floor: int | None = None,
+        preset: str = SearchRequest.preset,
+        relaxation: Relaxation | None = None,
+        task: Literal["ce", "kl", "none"] | None = None,
+        target: Target | None = None,
+        relative: bool | None = None,
+        weight: float | None = None,
+        pressure: float | None = None,
+        lr: float | None = None,
+        min_lr_ratio: float | None = None,
+        optimizer: Literal["adam", "sgd"] | None = None,
+        schedule: str | None = None,
+        learn_alpha: bool | None = None,
+        betas: str | None = None,
+        score: Score | None = None,
+        updates: int | None = None,
+        accumulate: int | None = None,
+        check_every: int = SearchRequest.check_every,
+        patience: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Learn which experts matter by gradient (DiEP): alpha for every expert, beta for every layer.
+
+        The model's own weights do not change. What is not given is as the preset has it.
+
+        Args:
+            model: The model.
+            datamodule: The calibration text.
+            out: Run folder; gets scores.json, plan.json, importance.json, figures/ and summary.json.
+            ratio: Fraction of the experts that plan.json drops, in one order over all layers.
+            floor: Fewest experts a layer keeps; default is what its router needs (top_k).
+            preset: default; paper (the formulas as printed); or a row of the paper's ablation: alpha, beta-frequency,
+                1:2, 2:1, 3:1, random.
+            relaxation: How the gates enter: on the router's choice, on all experts by the router's full softmax, or
+                on all experts without the router (Eq. 5 as printed).
+            task: Loss of the student: next-token cross entropy, KL divergence from the full model, or none.
+            target: Where the student is compared with the full model: what its output head is given, or gives.
+            relative: Compare by squared distance over the full model's square; false is a plain norm.
+            weight: Of that comparison in the loss (lambda).
+            pressure: Of the mean gate in the loss.
+            lr: Learning rate of alpha and beta.
+            min_lr_ratio: What a cosine ends at, as a fraction of lr; 1 keeps it constant.
+            optimizer: Of alpha and beta.
+            schedule: Updates of alpha and of beta in turn, as a:b.
+            learn_alpha: False keeps all experts of a layer alike.
+            betas: learned, fixed, a:b for first and second half of the layers, or random.
+            score: E softmax(alpha) beta (gate), alpha beta (raw), or beta times how often an expert is picked.
+            updates: Length of the search.
+            accumulate: Batches per update.
+            check_every: Updates between two looks at the plan.
+            patience: Stop when so many looks in a row found the same plan; default never.
+            overwrite: Replace the results of another request in that folder.
+        """
+        changes: dict[str, Any] = {
+            "relaxation": relaxation,
+            "task": task,
+            "target": target,
+            "relative": relative,
+            "weight": weight,
+            "pressure": pressure,
+            "lr": lr,
+            "min_lr_ratio": min_lr_ratio,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "learn_alpha": learn_alpha,
+            "betas": betas,
+            "score": score,
+            "updates": updates,
+            "accumulate": accumulate,
+        }
+        request = SearchRequest(ratio, floor, preset, changes, check_every, patience)
+        show(out, search(self, model, datamodule, out, request, overwrite))
+
     def prune(
         self,
         model: MoECausalLM,
@@ -45,6 +132,7 @@ class MoETrainer(Trainer):
         floor: int | None = None,
         stats: str | None = None,
         plan: str | None = None,
+        skipping: bool | Literal["naee"] | None = None,
         overwrite: bool = False,
     ) -> None:
         """Drop the experts that matter least and write the smaller checkpoint.
@@ -55,29 +143,73 @@ class MoETrainer(Trainer):
             model: The model.
             datamodule: The calibration text.
             out: Run folder; gets plan.json, scores.json, stats.safetensors, model/ and summary.json.
-            method: Criterion that scores the experts: ews rwn wsr ewn euf ecc evc ets eas eae eao ean reap reap-sum
-                man msan seer trimming random.
+            method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean reap reap-sum
+                man msan seer trimming random), or a search as diep or diep-PRESET of `search`.
             ratio: Fraction of the experts to drop.
             scope: Drop the same number in each layer, or the lowest of all layers.
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.
             floor: Fewest experts a layer keeps under global scope; default is what its router needs (top_k).
             stats: A stats.safetensors (or the run folder that holds it) to use instead of text.
             plan: A plan.json to apply as it is.
+            skipping: Let the new model skip, token by token, experts that matter little beside the first: true for
+                the rule of DiEP, naee for that of NAEE; false never. Default: as the model pruned does. The tables
+                for it are stored in any case, unless the source is a plan and the model pruned has none.
             overwrite: Replace the results of another request in that folder.
         """
         cut = Cut(method, ratio, scope, direction, floor)
-        show(out, prune(self, model, datamodule, out, cut, stats, plan, overwrite))
+        show(out, prune(self, model, datamodule, out, cut, stats, plan, overwrite, skipping))
 
-    def evaluate(self, model: MoECausalLM, datamodule: TextDataModule, out: str, overwrite: bool = False) -> None:
-        """Measure perplexity on text, per file and overall.
+    def evaluate(
+        self,
+        model: MoECausalLM,
+        datamodule: TextDataModule,
+        out: str,
+        skipping: bool | Literal["naee"] | None = None,
+        stats: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Measure perplexity on text, per file and overall, and how many experts were skipped.
 
         Args:
             model: The model.
             datamodule: The text.
             out: Run folder; gets evaluate.json and summary.json.
+            skipping: Skip experts that matter little for a token beside its first: true for the rule of DiEP, naee
+                for that of NAEE; false never. Default: what the model's config says.
+            stats: A stats.safetensors of this model (or the run folder that holds it), to skip by when the model
+                holds no tables.
             overwrite: Replace the results of another request in that folder.
         """
-        show(out, evaluate(self, model, datamodule, out, overwrite))
+        show(out, evaluate(self, model, datamodule, out, overwrite, skipping, stats))
+
+    def compare(
+        self,
+        model: MoECausalLM,
+        datamodule: TextDataModule,
+        out: str,
+        methods: Sequence[str] = ("random", "ean", "reap-sum"),
+        ratios: Sequence[float] = (0.25, 0.5),
+        scopes: Sequence[str] = ("layer", "global"),
+        seeds: int = 3,
+        overwrite: bool = False,
+    ) -> None:
+        """Prune the model by several methods and measure what each leaves of it.
+
+        Experts are scored on --data.path, perplexity is measured on --data.val_path. Every method, ratio and scope
+        is one cell; a killed run goes on from its last finished cell, and a folder can be given more cells later.
+
+        Args:
+            model: The model.
+            datamodule: The calibration text, and as val_path the text to measure on.
+            out: Run folder; gets compare.csv, compare.json, stats.safetensors, a file per cell in cells/ and the scores
+                of each method in scores/.
+            methods: Any of the methods of ``prune``.
+            ratios: Fractions of the experts to drop.
+            scopes: Drop the same number in each layer (layer), or the lowest of all layers (global).
+            seeds: How often to run a method that depends on a seed; the first seed is that of --seed_everything.
+            overwrite: Replace the results of another request in that folder.
+        """
+        compare(self, model, datamodule, out, make_grid(methods, ratios, scopes, seeds, seed()), overwrite)
 
     def demo(
         self, model: MoECausalLM, datamodule: TextDataModule, out: str = "runs/demo", overwrite: bool = False

@@ -23,11 +23,12 @@ class TextDataModule(LightningDataModule):
 
     Args:
         path: A ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, or the name of a dataset.
-        val_path: Text for validation during ``fit``; the same kinds as ``path``.
+        val_path: Text for validation during ``fit`` and in ``compare``; the same kinds as ``path``.
         tokenizer: Folder or hub id of the tokenizer. Default: the model's own.
         seq_len: Tokens per window. Default: 2048, or the model's maximum if that is less.
         samples: Windows to take, spread evenly over all files and their whole length, or ``all``. Default: 256, but
             everything for ``fit``.
+        val_samples: The same for ``val_path``. Default: as ``samples``.
         batch_size: Windows per batch and rank.
         subset: Configuration name, when ``path`` is a dataset (C4: ``en``).
         split: Split, when ``path`` is a dataset.
@@ -41,6 +42,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: str | None = None,
         seq_len: int | None = None,
         samples: int | Literal["all"] | None = None,
+        val_samples: int | Literal["all"] | None = None,
         batch_size: int = 8,
         subset: str | None = None,
         split: str = "validation",
@@ -50,29 +52,64 @@ class TextDataModule(LightningDataModule):
         for name, value, least in (
             ("seq_len", seq_len, SHORTEST_SEQ_LEN),
             ("samples", samples, 1),
+            ("val_samples", val_samples, 1),
             ("batch_size", batch_size, 1),
         ):
             if isinstance(value, int) and value < least:
                 raise InputError(f"--data.{name} {value}: at least {least} is needed.")
         self.path, self.val_path, self.tokenizer = path, val_path, tokenizer
-        self.seq_len, self.samples, self.batch_size = seq_len, samples, batch_size
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self.samples, self.val_samples = samples, val_samples
         self.subset, self.split, self.shuffle_seed = subset, split, shuffle_seed
         self._fitting = False
         self.model_path: str | None = None
         """Folder of the model whose maximum limits the default ``seq_len``; default is the tokenizer's."""
         self.start_batch = 0
         """Batches to leave out of the next predict loop: an earlier, killed one has done them."""
-        self._packed: dict[str, PackedText] = {}
+        self._packed: dict[tuple[str, int | None], PackedText] = {}
 
     @property
     def text(self) -> PackedText:
         """The windows of ``path``."""
-        return self._windows(self.path)
+        return self._windows(self.path, self.samples)
 
-    def _windows(self, path: str | None) -> PackedText:
+    @property
+    def val_text(self) -> PackedText:
+        """The windows of ``val_path``."""
+        return self._windows(self.val_path, self.samples if self.val_samples is None else self.val_samples)
+
+    def validation(self) -> TextDataModule:
+        """A module of its own whose text is that of ``val_path``, or of ``path`` where there is none."""
+        return self._alone(
+            self.path if self.val_path is None else self.val_path,
+            self.samples if self.val_samples is None else self.val_samples,
+        )
+
+    def calibration(self, shuffle_seed: int) -> TextDataModule:
+        """A module of its own to train on the calibration windows: those that ``predict`` reads, not everything."""
+        return self._alone(self.path, self.samples or DEFAULT_SAMPLES, shuffle_seed)
+
+    def _alone(
+        self, path: str | None, samples: int | Literal["all"] | None, shuffle_seed: int | None = None
+    ) -> TextDataModule:
+        module = TextDataModule(
+            path,
+            tokenizer=self.tokenizer,
+            seq_len=self.seq_len,
+            samples=samples,
+            batch_size=self.batch_size,
+            subset=self.subset,
+            split=self.split,
+            shuffle_seed=self.shuffle_seed if shuffle_seed is None else shuffle_seed,
+        )
+        module.model_path = self.model_path
+        return module
+
+    def _windows(self, path: str | None, samples: int | Literal["all"] | None) -> PackedText:
         if path is None:
             raise InputError("no text: give --data.path a file, a folder or the name of a dataset.")
-        if path not in self._packed:
+        count = self._num_windows(samples)
+        if (path, count) not in self._packed:
             tokenizer = load_tokenizer(self.tokenizer)
             model = str(self.model_path or self.tokenizer)
             limit = longest_seq_len(model)
@@ -80,14 +117,13 @@ class TextDataModule(LightningDataModule):
                 raise InputError(f"--data.seq_len {self.seq_len}: the model {model} takes at most {limit} tokens.")
             seq_len = self.seq_len or default_seq_len(limit, tokenizer)
             domains = read_domains(path, subset=self.subset, split=self.split)
-            self._packed[path] = pack(domains, tokenizer, seq_len, self._num_samples, count_domains(path), source=path)
-        return self._packed[path]
+            self._packed[path, count] = pack(domains, tokenizer, seq_len, count, count_domains(path), source=path)
+        return self._packed[path, count]
 
-    @property
-    def _num_samples(self) -> int | None:
-        if self.samples == "all" or (self.samples is None and self._fitting):
+    def _num_windows(self, samples: int | Literal["all"] | None) -> int | None:
+        if samples == "all" or (samples is None and self._fitting):
             return None
-        return self.samples or DEFAULT_SAMPLES
+        return samples or DEFAULT_SAMPLES
 
     def _loader(self, text: PackedText, *, train: bool) -> ResumableLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -110,9 +146,9 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and pack, so that bad text is refused before anything else starts."""
         self._fitting = stage == "fit"
-        self._windows(self.path)
+        _ = self.text
         if stage == "fit" and self.val_path is not None:
-            self._windows(self.val_path)
+            _ = self.val_text
 
     def train_dataloader(self) -> ResumableLoader:
         return self._loader(self.text, train=True)
@@ -121,7 +157,7 @@ class TextDataModule(LightningDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if fitting and self.val_path is None:
             return []
-        return self._loader(self._windows(self.val_path) if fitting else self.text, train=False)
+        return self._loader(self.val_text if fitting else self.text, train=False)
 
     def test_dataloader(self) -> ResumableLoader:
         return self._loader(self.text, train=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -83,6 +84,11 @@ class MoECausalLM(LightningModule):
         self.model.train()  # loading leaves it in evaluation mode, and Lightning keeps what it finds
         self.moe_layers = find_moe_layers(self.model)
 
+    def release(self) -> None:
+        """Let go of the weights; ``configure_model`` makes or loads them anew. Never two copies at a time."""
+        self.model, self.moe_layers = None, []
+        gc.collect()
+
     @property
     def network(self) -> PreTrainedModel:
         """The model; an error in our own order of calls if it is not made yet."""
@@ -129,7 +135,14 @@ class MoECausalLM(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         """Run the decoder alone: what observing experts needs, without the cost of the vocabulary."""
-        self.network.base_model(input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False)
+        self.decode(batch)
+
+    def decode(self, batch: Batch) -> Tensor:
+        """What the output head is given, ``(B, S, H)``."""
+        hidden: Tensor = self.network.base_model(
+            input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False
+        ).last_hidden_state
+        return hidden
 
     def _domain_sums(self, domain: int) -> tuple[SumMetric, SumMetric]:
         if domain not in self._domain_loss:

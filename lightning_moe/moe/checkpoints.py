@@ -18,22 +18,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import looks_local, replaced_folder
-from lightning_moe.moe import non_uniform
+from lightning_moe.moe import non_uniform, skipping
 from lightning_moe.moe.layers import LayerShape, find_moe_layers
 from lightning_moe.moe.non_uniform import resize_moe_layers
+from lightning_moe.moe.skip_tables import refresh_skipping, stored_entry
 
 MODELLING_FILE = "modeling_non_uniform_moe.py"
-"""The name under which the code of a non-uniform model lies beside its weights."""
+"""The name under which the code of a model that needs some lies beside its weights."""
+
+SKIPPING_FILE = "expert_skipping.py"
+"""The same, of what that code needs to skip experts."""
+
+CLASS_PREFIXES = ("NonUniform", "Skipping")
 
 WHOLE_BYTES, SAMPLE_BYTES = 1 << 20, 1 << 12
 """To tell two checkpoints apart: tensors up to the first size are read whole, larger ones at three places."""
 
 
 def register_non_uniform() -> None:
-    """Let stock classes load non-uniform checkpoints in this process; done when lightning_moe is imported.
+    """Let stock classes load our checkpoints in this process; done when lightning_moe is imported.
 
     Every model of transformers ends its construction with ``post_init``; there, before weights are loaded, layers
-    take the count that the config names. Models whose config names none are not touched.
+    take the count that the config names, and skip experts if it says so. Models whose config says neither are not
+    touched.
     """
     stock: Callable[[PreTrainedModel], None] = PreTrainedModel.post_init
     if hasattr(stock, "resizes_moe_layers"):
@@ -42,6 +49,8 @@ def register_non_uniform() -> None:
     @wraps(stock)
     def post_init(self: PreTrainedModel) -> None:
         resize_moe_layers(self)
+        if stored_entry(self.config) is not None:
+            refresh_skipping(self)
         stock(self)
 
     post_init.resizes_moe_layers = True  # type: ignore[attr-defined]
@@ -242,28 +251,44 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def add_modelling_file(config: dict[str, Any], folder: Path) -> None:
-    """Write the code of a non-uniform model into ``folder`` and name it in ``config``; undo both if uniform."""
+    """Write the code that a model needs, if any, into ``folder`` and name it in ``config``; else undo both.
+
+    Layers of different sizes need code, and so does skipping experts. Stock transformers leaves it aside, so a
+    uniform model still loads there and does not skip.
+    """
     holder = config.get("text_config", config)
-    file = folder / MODELLING_FILE
-    base = (config.get("architectures") or [""])[0].removeprefix("NonUniform")
+    file, skipping_file = folder / MODELLING_FILE, folder / SKIPPING_FILE
+    base = (config.get("architectures") or [""])[0]
+    for prefix in CLASS_PREFIXES:
+        base = base.removeprefix(prefix)
     if base:
         config["architectures"] = [base]
-    if not holder.get("per_layer_config"):
+    non_uniform_layers, entry = bool(holder.get("per_layer_config")), holder.get(skipping.CONFIG_KEY)
+    for old in (file, skipping_file):
+        old.unlink(missing_ok=True)
+    if not non_uniform_layers:
         for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
             holder.pop(name, None)
-        if file.name.removesuffix(".py") in json.dumps(config.get("auto_map", {})):
-            del config["auto_map"]
-        file.unlink(missing_ok=True)
-        return
-    config["auto_map"] = {"AutoModelForCausalLM": f"{file.name.removesuffix('.py')}.NonUniform{base}"}
+        if not (entry and entry["active"]):
+            if file.name.removesuffix(".py") in json.dumps(config.get("auto_map", {})):
+                del config["auto_map"]
+            return
+    name = f"{CLASS_PREFIXES[0 if non_uniform_layers else 1]}{base}"
+    config["auto_map"] = {"AutoModelForCausalLM": f"{file.name.removesuffix('.py')}.{name}"}
+    imported, attached = "", ""
+    if entry:
+        skipping_file.write_text(Path(skipping.__file__).read_text())
+        imported = f"\nfrom .{skipping_file.name.removesuffix('.py')} import attach_skipping  # noqa: E402\n"
+        attached = "        attach_skipping(self, {block.index: block.experts for block in find_blocks(self)})\n"
     code = Path(non_uniform.__file__).read_text()
     file.write_text(
-        f"{code}\n\nfrom transformers import {base}  # noqa: E402\n\n\n"
-        f"class NonUniform{base}({base}):\n"
-        f'    """{base} with its own number of experts in each layer."""\n\n'
+        f"{code}\n\nfrom transformers import {base}  # noqa: E402\n{imported}\n\n"
+        f"class {name}({base}):\n"
+        f'    """{base} with its own number of experts in each layer{", and skipping" if entry else ""}."""\n\n'
         "    # transformers looks for a decorator in the file of the class, which stands in that of the base.\n"
         "    _can_set_experts_implementation_cached_value = True\n\n"
         "    def __init__(self, config: Any) -> None:\n"
         "        super().__init__(config)\n"
         "        resize_moe_layers(self)\n"
+        f"{attached}"
     )

@@ -32,6 +32,8 @@ from lightning_moe.moe.checkpoints import (
 )
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import COUNT_NAMES
+from lightning_moe.moe.skip_tables import cut_entry, store_entry
+from lightning_moe.moe.skipping import CONFIG_KEY
 from lightning_moe.moe.surgery import check_keep, keep_experts, set_counts
 
 SHARD_BYTES = 4 << 30
@@ -54,13 +56,20 @@ class _Cut:
 
 
 def compact_checkpoint(
-    source: str, keep: Mapping[str, Sequence[int]], target: Path, shard_bytes: int = SHARD_BYTES
+    source: str,
+    keep: Mapping[str, Sequence[int]],
+    target: Path,
+    shard_bytes: int = SHARD_BYTES,
+    skipping: Mapping[str, Any] | None = None,
 ) -> None:
     """Copy the checkpoint at ``source`` to ``target`` without the experts that ``keep`` does not name.
 
     Kept tensors are copied bit by bit, quantised ones included; experts are numbered anew, router rows and biases
     follow. Everything else in the folder (tokenizer, generation config) travels along. The folder is complete or
     not there at all. Raises ``InputError`` before writing when the plan does not fit the model.
+
+    ``skipping`` is what the config shall say of skipping experts (``skip_tables.config_entry``), for the experts of
+    the source; it takes the place of what the source says. Its tables are cut like the rest.
     """
     model = skeleton(source)
     shapes = [layer.shape for layer in find_moe_layers(model)]
@@ -69,6 +78,8 @@ def compact_checkpoint(
     files = weight_files(folder)
     if files[0].suffix == ".bin":  # old checkpoints: no reading by tensor, so through memory
         loaded = load_model(source)
+        if skipping is not None:
+            store_entry(loaded.config, skipping)
         keep_experts(loaded, keep)
         with replaced_folder(target) as beside:
             _copy_companions(folder, beside)
@@ -77,6 +88,9 @@ def compact_checkpoint(
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
     cuts = _find_cuts(files, by_index)
     set_counts(model.config, {shape.index: len(by_index[shape.index][1]) for shape in shapes})
+    if skipping is not None:
+        store_entry(model.config, skipping)
+    cut_entry(model.config, {index: ids for index, (_, ids) in by_index.items()})
     with replaced_folder(target) as beside:
         _copy_companions(folder, beside)
         _write_shards(_kept_tensors(files, cuts), beside, shard_bytes)
@@ -189,9 +203,9 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
 
 
 def _with_counts(raw: dict[str, Any], config: PreTrainedConfig, type_name: str) -> dict[str, Any]:
-    """The config as it lay on disk, with only the counts of experts changed."""
+    """The config as it lay on disk, with only the counts of experts and the skip tables changed."""
     holder, settled = raw.get("text_config", raw), config.get_text_config().to_dict()
-    for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+    for name in ("per_layer_config", "allow_global_per_layer_attribute_access", CONFIG_KEY):
         if settled.get(name):
             holder[name] = settled[name]
         else:

@@ -4,7 +4,7 @@ Registered with transformers under ``lightning_moe``, it serves every architectu
 to its experts; no modelling file is touched.
 """
 
-# T tokens, K experts per token, N = T * K assignments sorted by expert, E experts, H model width, F expert width
+# T tokens, K experts per token, N = T * K assignments sorted by expert, E experts, H model width
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.moe.layers import MoELayer
-from lightning_moe.moe.non_uniform import stacked_parameters
+from lightning_moe.moe.skipping import choose, compute_rows, weighted_sum
 
 IMPLEMENTATION = "lightning_moe"
 
@@ -36,65 +34,43 @@ class Assignments:
     count_E: Tensor
 
 
+Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(expert_ids_TK, weights_TK) -> (expert ids, weights)``: another choice than the router's, of any width."""
+
+
 @dataclass
 class ExpertHooks:
     """What to do inside one layer's experts function."""
 
     observe: Callable[[Assignments], None] | None = None
     gates_E: Tensor | None = None
-    """A factor on each expert's routing weight; gradients reach it."""
+    """A factor on each expert's routing weight, in its own precision; gradients reach it."""
+    route: Route | None = None
+    """Send tokens elsewhere than the router says; nothing is skipped then."""
 
 
 def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weighted sum of the chosen experts' outputs, ``(T, H)``: the same as the stock grouped path."""
+    """Weighted sum of the chosen experts' outputs, ``(T, H)``: the same as the stock grouped path.
+
+    In a model that skips, observers see every expert the router chose: what they watch is computed all the same, and
+    what is skipped gets weight 0. A gate works on what skipping left.
+    """
     hooks: ExpertHooks | None = getattr(experts, "lightning_moe_hooks", None)
-    given_TK = weights_TK
-    if hooks is not None and hooks.gates_E is not None:
-        weights_TK = weights_TK * hooks.gates_E[expert_ids_TK].to(weights_TK.dtype)
-    top_k, num_experts = expert_ids_TK.shape[-1], stacked_parameters(experts)["down_proj"].shape[0]
-    expert_N, order_N = expert_ids_TK.flatten().sort(stable=True)
-    token_N = order_N // top_k
-    count_E = torch.bincount(expert_N, minlength=num_experts)
-    outputs_NH = _expert_outputs(experts, hidden_TH.index_select(0, token_N), expert_N, count_E)
-    if hooks is not None and hooks.observe is not None:
-        hooks.observe(Assignments(outputs_NH, token_N, given_TK.flatten()[order_N], count_E))
-    position_N = torch.empty_like(order_N)
-    position_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
-    outputs_TKH = outputs_NH.index_select(0, position_N).view(*expert_ids_TK.shape, -1)
-    weights_TK = weights_TK.to(outputs_TKH.dtype)
-    return (weights_TK.unsqueeze(1) @ outputs_TKH).squeeze(1).to(hidden_TH.dtype)
-
-
-def _expert_outputs(experts: nn.Module, inputs_NH: Tensor, expert_N: Tensor, count_E: Tensor) -> Tensor:
-    """Outputs of sorted assignments, ``(N, H)``; the flags are those transformers' own decorator sets."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    inner_NF = _grouped_linear(experts, name, inputs_NH, expert_N, count_E)
-    inner_NF = experts._apply_gate(inner_NF) if experts.has_gate else experts.act_fn(inner_NF)  # type: ignore[operator]
-    outputs_NH = _grouped_linear(experts, "down_proj", inner_NF, expert_N, count_E)
-    return experts.post_expert_norm(outputs_NH) if experts.has_post_expert_norm else outputs_NH  # type: ignore[operator]
-
-
-def _grouped_linear(experts: nn.Module, name: str, inputs: Tensor, expert_N: Tensor, count_E: Tensor) -> Tensor:
-    weight: Tensor = getattr(experts, name)
-    if not experts.is_transposed:
-        weight = weight.transpose(-2, -1)
-    inputs = inputs.to(weight.dtype)
-    if _grouped_mm_takes(inputs, weight):
-        ends_E = count_E.cumsum(0, dtype=torch.int32)
-        outputs = functional.grouped_mm(inputs, weight, offs=ends_E)
+    observe = None if hooks is None else hooks.observe
+    keep_TK = None
+    if hooks is not None and hooks.route is not None:
+        expert_ids_TK, weights_TK = hooks.route(expert_ids_TK, weights_TK)
+        given_TK = weights_TK
     else:
-        groups = zip(torch.split(inputs, count_E.tolist()), weight, strict=True)
-        outputs = torch.cat([rows @ matrix for rows, matrix in groups])
-    return outputs + getattr(experts, f"{name}_bias")[expert_N] if experts.has_bias else outputs
-
-
-def _grouped_mm_takes(inputs: Tensor, weight: Tensor) -> bool:
-    """``grouped_mm`` knows no float64 and wants rows of a multiple of 16 bytes; CUDA needs compute 8.0."""
-    if inputs.dtype == torch.float64:
-        return False
-    if any(size * inputs.element_size() % 16 for size in weight.shape[1:]):
-        return False
-    return inputs.device.type != "cuda" or torch.cuda.get_device_capability(inputs.device) >= (8, 0)
+        given_TK = weights_TK
+        keep_TK, weights_TK = choose(experts, expert_ids_TK, weights_TK)
+    if hooks is not None and hooks.gates_E is not None:
+        # index_select, since the backward of fancy indexing is many times slower
+        weights_TK = weights_TK * hooks.gates_E.index_select(0, expert_ids_TK.flatten()).view_as(weights_TK)
+    rows = compute_rows(experts, hidden_TH, expert_ids_TK, None if observe else keep_TK)
+    if observe is not None:
+        observe(Assignments(rows.outputs_NH, rows.token_N, given_TK.flatten()[rows.place_N], rows.count_E))
+    return weighted_sum(rows, weights_TK).to(hidden_TH.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
@@ -115,6 +91,7 @@ def expert_hooks(model: PreTrainedModel, layers: list[MoELayer], hooks: Mapping[
         vars(layer.experts)["lightning_moe_hooks"] = ExpertHooks(
             inner.observe or outer[layer.name].observe,
             outer[layer.name].gates_E if inner.gates_E is None else inner.gates_E,
+            inner.route or outer[layer.name].route,
         )
     try:
         yield

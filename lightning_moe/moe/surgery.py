@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape, find_moe_layers
 from lightning_moe.moe.non_uniform import COUNT_NAMES, keep_in_block
+from lightning_moe.moe.skip_tables import cut_entry, refresh_skipping, stored_entry
 
 
 def check_keep(shapes: Sequence[LayerShape], keep: Mapping[str, Sequence[int]]) -> None:
@@ -50,7 +51,7 @@ def keep_experts(model: PreTrainedModel, keep: Mapping[str, Sequence[int]]) -> N
     """Keep only the named experts of each layer, or raise ``InputError`` and change nothing.
 
     Ids are ascending; layers that ``keep`` does not name stay whole. The config is brought in line: one count when
-    all layers agree, transformers' ``per_layer_config`` when they do not.
+    all layers agree, transformers' ``per_layer_config`` when they do not; skip tables are cut along.
     """
     layers = find_moe_layers(model)
     check_keep([layer.shape for layer in layers], keep)
@@ -59,6 +60,9 @@ def keep_experts(model: PreTrainedModel, keep: Mapping[str, Sequence[int]]) -> N
             keep_in_block(layer.parts, keep[layer.name])
     counts = {layer.parts.index: layer.num_experts for layer in layers}
     set_counts(model.config, counts)
+    if stored_entry(model.config) is not None:
+        cut_entry(model.config, {layer.parts.index: keep[layer.name] for layer in layers if layer.name in keep})
+        refresh_skipping(model)
     if len(set(counts.values())) == 1:
         for name in COUNT_NAMES:  # the model's own balance loss reads its count from the model
             if isinstance(getattr(model, name, None), int):

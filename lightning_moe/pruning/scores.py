@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_moe.criteria import Direction, get_criterion
@@ -40,6 +41,16 @@ class ExpertScores:
             "comparable_across_layers": self.comparable,
             "scores": {name: values.tolist() for name, values in self.scores.items()},
         }
+
+    @classmethod
+    def from_json(
+        cls, value: Mapping[str, Any], shapes: Sequence[LayerShape], model_id: str, data_fingerprint: str
+    ) -> ExpertScores:
+        """What ``as_json`` gave, with what it leaves out."""
+        rest = dict(value)
+        method, comparable = rest.pop("method"), rest.pop("comparable_across_layers")
+        scores = {name: torch.tensor(row, dtype=torch.float64) for name, row in rest.pop("scores").items()}
+        return cls(model_id, data_fingerprint, method, shapes, scores, comparable, rest)
 
 
 def score_experts(stats: ModelStats, method: str, direction: Direction | None = None, seed: int = 0) -> ExpertScores:

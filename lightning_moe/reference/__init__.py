@@ -1,10 +1,13 @@
-"""The bundled reference model: a small Mixtral trained on six domains, its tokenizer, its text, its licences."""
+"""The bundled reference models: two small MoEs trained on six domains, their tokenizer, text and licences."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
-"""A Hugging Face folder: weights in bf16, config, tokenizer."""
+"""A Mixtral, 8 experts and top-2, as a Hugging Face folder: weights in bf16, config, tokenizer."""
+
+FINE_GRAINED = FOLDER / "fine_grained"
+"""A Qwen2-MoE, 16 small experts, top-4, and a shared one, on the same text with the same tokenizer."""
 
 TEXT = FOLDER / "text"
 """``calibration`` and ``validation``, each with one file a domain; neither was trained on."""

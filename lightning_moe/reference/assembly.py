@@ -1,4 +1,4 @@
-"""Put the trained reference model in place: weights, tokenizer, text, and where all of it comes from."""
+"""Put a trained reference model in place: weights, tokenizer, text, and where all of it comes from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
@@ -19,36 +20,41 @@ from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.files import replaced_folder
 from lightning_moe.modules.causal_lm import MoECausalLM
 
-TOKENS_PER_STEP = 32 * 256
-"""Batch size times window, as configs/reference.yaml has them."""
-
 CURVE_POINTS = 10
 SEQ_LEN = 256
 
 
-def assemble(build: Path, out: Path) -> None:
-    """Copy model and text from ``build`` to ``out`` and write PROVENANCE.md from what is measured on them."""
-    with replaced_folder(out / "model") as folder:
+def assemble(build: Path, corpus: Path, config: Path, out: Path) -> None:
+    """Copy model and text to ``out`` and write a page of provenance from what is measured on them.
+
+    Args:
+        build: The folder that training wrote: ``model`` and ``run/log``.
+        corpus: The text it was trained on, with what was held out.
+        config: The YAML it was trained by.
+        out: The model's folder in the package; text and page lie beside it.
+    """
+    package = out.parent
+    with replaced_folder(out) as folder:
         for file in sorted((build / "model").iterdir()):
             shutil.copy(file, folder)
-    with replaced_folder(out / "text") as folder:
+    with replaced_folder(package / "text") as folder:
         for split in ("calibration", "validation"):
-            shutil.copytree(build / "corpus" / split, folder / split)
-    figures = _measure(out)
-    sources = json.loads((build / "corpus" / "SOURCES.json").read_text())
+            shutil.copytree(corpus / split, folder / split)
+    settings = yaml.safe_load(config.read_text())
+    tokens = settings["data"]["batch_size"] * settings["data"]["seq_len"]
+    figures = _measure(out, package / "text" / "validation") | {"config": str(config), "tokens_per_step": tokens}
+    sources = json.loads((corpus / "SOURCES.json").read_text())
     curve = _curve(build / "run" / "log")
-    (out / "PROVENANCE.md").write_text(_provenance(figures, sources, curve))
+    (package / f"PROVENANCE-{out.name}.md").write_text(_provenance(figures, sources, curve))
 
 
-def _measure(out: Path) -> dict[str, Any]:
+def _measure(model_folder: Path, validation: Path) -> dict[str, Any]:
     """Perplexity on all validation text; how evenly the routers spread it."""
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, use_distributed_sampler=False
     )
-    text = TextDataModule(
-        str(out / "text" / "validation"), tokenizer=str(out / "model"), seq_len=SEQ_LEN, samples="all"
-    )
-    model = MoECausalLM(str(out / "model"))
+    text = TextDataModule(str(validation), tokenizer=str(model_folder), seq_len=SEQ_LEN, samples="all")
+    model = MoECausalLM(str(model_folder))
     figures = measure(trainer, model, text)
     observation = ExpertObservation()
     trainer.callbacks.append(observation)  # type: ignore[attr-defined]
@@ -56,6 +62,11 @@ def _measure(out: Path) -> dict[str, Any]:
     shares = [layer.count_E / layer.count_E.sum() * layer.shape.num_experts for layer in observation.layers]
     load = torch.stack(shares)
     figures |= {"least_load": load.min(1).values.tolist(), "most_load": load.max(1).values.tolist()}
+    shape, config = observation.layers[0].shape, model.network.config
+    figures["kind"] = (
+        f"A {config.model_type} model ({len(shares)} layers, {shape.num_experts} experts, top-{shape.top_k}, "
+        f"width {config.hidden_size})"
+    )
     return figures | {"parameters": sum(parameter.numel() for parameter in model.network.parameters())}
 
 
@@ -89,13 +100,13 @@ def _provenance(figures: dict[str, Any], sources: dict[str, Any], curve: list[di
     ]
     final = [*(f"{figures['domains'][domain]:.1f}" for domain in domains), f"{figures['perplexity']:.1f}"]
     loads = zip(figures["least_load"], figures["most_load"], strict=True)
-    return f"""# The reference model: where it comes from
+    return f"""# Where this reference model comes from
 
-A Mixtral of {figures["parameters"] / 1e6:.2f} million parameters (6 layers, 8 experts, top-2, width 192), trained from
-random weights on the six domains below and on nothing else. `make reference` rebuilds it: it fetches the text, trains
-the tokenizer, runs `lightning-moe fit --config configs/reference.yaml` and puts the results here.
+{figures["kind"]} of {figures["parameters"] / 1e6:.2f} million parameters, trained from
+random weights on the domains below and on nothing else. `make reference` rebuilds it: it fetches the text, trains
+the tokenizer, runs `lightning-moe fit --config {figures["config"]}` and puts the results here.
 
-Tokens seen: {steps * TOKENS_PER_STEP / 1e6:.1f} million, in {steps} steps. Weights are saved in bf16.
+Tokens seen: {steps * figures["tokens_per_step"] / 1e6:.1f} million, in {steps} steps. Weights are saved in bf16.
 
 ## Text
 
@@ -131,10 +142,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--build", type=Path, required=True, help="folder of corpus, tokenizer, run and model")
-    parser.add_argument("--out", type=Path, required=True, help="this package's folder")
+    parser.add_argument("--build", type=Path, required=True, help="folder of the training's run and model")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of the text")
+    parser.add_argument("--config", type=Path, required=True, help="the YAML the model was trained by")
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder in this package")
     arguments = parser.parse_args()
-    assemble(arguments.build, arguments.out)
+    assemble(arguments.build, arguments.corpus, arguments.config, arguments.out)
 
 
 if __name__ == "__main__":

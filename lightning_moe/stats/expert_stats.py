@@ -1,6 +1,6 @@
 """ExpertStats: one layer's sums over tokens, as a torchmetric."""
 
-# T tokens, K experts per token, N assignments sorted by expert, E experts, H model width, V vocabulary, R rows
+# T tokens, K experts per token, N assignments sorted by expert, E experts, H model width, V vocabulary, R rows or bins
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from lightning_moe.moe.experts import Assignments
 from lightning_moe.moe.routing import Routing
+from lightning_moe.stats.minibatch_cka import Kernel, pair_hsic
 
 BLOCK_ROWS = 512
 """Rows of outputs summed at once: small enough to stay in a core's cache over the passes."""
@@ -20,12 +21,16 @@ BLOCK_ROWS = 512
 OUTLIER_STDS = 3.0
 """Entries further than this many standard deviations are outliers (MC-Suite, EAO)."""
 
+RATIO_BINS = 4096
+"""Bins of the ratio of routing weights: enough for a median to 1e-3."""
+
 
 class ExpertStats(Metric):
-    """All that the inference and activation criteria need of one MoE layer, from one pass.
+    """All that the criteria, skipping and merging need of one MoE layer, from one pass.
 
-    Every state is a float64 sum over tokens (or, for the sets of token ids, a boolean "or"), so shards, ranks and
-    resumed passes add up to one pass. ``compute`` returns the states by name; see ``LayerStats`` for each.
+    Every state is a float64 sum over tokens or sequences (or, for the sets of token ids, a boolean "or"), so shards,
+    ranks and resumed passes add up to one pass. ``compute`` returns the states by name; see ``LayerStats`` for each.
+    ``cka_kernel`` is that of the likeness of outputs.
     """
 
     full_state_update = False
@@ -43,9 +48,15 @@ class ExpertStats(Metric):
     output_sum_EH: Tensor
     output_sq_EH: Tensor
     unit_sum_EH: Tensor
+    ratio_R: Tensor
+    hsic_EE: Tensor
+    own_hsic_EE: Tensor
 
-    def __init__(self, num_experts: int, hidden_size: int, vocab_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, vocab_size: int, cka_kernel: Kernel = "linear", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        self.cka_kernel: Kernel = cka_kernel
         shapes = {
             "tokens": (),
             "count_E": (num_experts,),
@@ -59,17 +70,34 @@ class ExpertStats(Metric):
             "output_sum_EH": (num_experts, hidden_size),
             "output_sq_EH": (num_experts, hidden_size),
             "unit_sum_EH": (num_experts, hidden_size),
+            "ratio_R": (RATIO_BINS,),
+            "hsic_EE": (num_experts, num_experts),
+            "own_hsic_EE": (num_experts, num_experts),
         }
         for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seen_EV", torch.zeros(num_experts, vocab_size, dtype=torch.bool), dist_reduce_fx="max")
         self.names = (*shapes, "seen_EV")
 
-    def update(self, routing: Routing, assignments: Assignments, input_ids_T: Tensor, mask_T: Tensor) -> None:
-        """Add one forward; ``mask_T`` is False at padding."""
+    def update(
+        self,
+        routing: Routing,
+        assignments: Assignments,
+        input_ids_T: Tensor,
+        mask_T: Tensor,
+        sequence_T: Tensor | None = None,
+    ) -> None:
+        """Add one forward; ``mask_T`` is False at padding.
+
+        ``sequence_T`` numbers the sequences from 0, in the order of tokens; by default all tokens are one.
+        """
         if not bool(mask_T.any()):
             return
         self._add_routing(routing, input_ids_T, mask_T)
+        sequence_T = torch.zeros_like(input_ids_T) if sequence_T is None else sequence_T
+        hsic_EE, own_hsic_EE = pair_hsic(assignments, routing.expert_ids_TK, sequence_T, mask_T, self.cka_kernel)
+        self.hsic_EE += hsic_EE
+        self.own_hsic_EE += own_hsic_EE
         weights_TK = routing.weights_TK.float()
         total_T = weights_TK.sum(-1)
         share_N = assignments.weight_N.float() / total_T[assignments.token_N]
@@ -91,6 +119,11 @@ class ExpertStats(Metric):
         self.soft_count_E += (probability_TE * chosen_TE).sum(0)
         self.together_EE += chosen_TE.T @ chosen_TE
         self.seen_EV[expert_ids_TK, ids_T.unsqueeze(-1)] = True
+        if expert_ids_TK.shape[-1] > 1:
+            largest_T, second_T = routing.weights_TK[mask_T].float().topk(2).values.unbind(-1)
+            ratio_T = (second_T / largest_T).nan_to_num().clamp(0, 1)
+            bin_T = (ratio_T * RATIO_BINS).long().clamp(max=RATIO_BINS - 1)
+            self.ratio_R += torch.bincount(bin_T, minlength=RATIO_BINS)
 
     def _add_outputs(self, outputs_NH: Tensor, share_N: Tensor, counts: list[int]) -> None:
         """Add the sorted rows of all experts, a block at a time, and the blocks' sums all at once."""

@@ -1,6 +1,6 @@
 """LayerStats: everything the criteria know of one MoE layer."""
 
-# E experts, H model width, V vocabulary
+# E experts, H model width, V vocabulary, R bins of a ratio in [0, 1]
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ class LayerStats:
     """``f^2``, entry by entry."""
     unit_sum_EH: Tensor
     """``f / ||f||``."""
+    ratio_R: Tensor
+    """Tokens by their second largest routing weight over the largest; zeros where a token has one expert."""
+    hsic_EE: Tensor
+    """HSIC of the outputs of two experts, over the sequences' tokens that both see; see ``minibatch_cka``."""
+    own_hsic_EE: Tensor
+    """HSIC of the outputs of the first expert with themselves, on the same tokens."""
 
     router_norm_E: Tensor
     """L2 norm of the router's row."""

@@ -14,6 +14,7 @@ from lightning_moe.moe.layers import MoELayer, find_moe_layers
 from lightning_moe.moe.routing import Routing, record_routing
 from lightning_moe.stats.expert_stats import ExpertStats
 from lightning_moe.stats.layer_stats import LayerStats
+from lightning_moe.stats.minibatch_cka import Kernel
 from lightning_moe.stats.weights import weight_stats
 
 
@@ -24,13 +25,13 @@ class Observation:
     ``LayerStats`` per layer, summed over ranks.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, cka_kernel: Kernel = "linear") -> None:
         self.layers = find_moe_layers(model)
         embedding = model.get_input_embeddings()
         assert isinstance(embedding, nn.Embedding)
         hidden_size, vocab_size = embedding.embedding_dim, embedding.num_embeddings
-        self.stats = [ExpertStats(layer.num_experts, hidden_size, vocab_size) for layer in self.layers]
-        self._ids_T = self._mask_T = torch.empty(0)
+        self.stats = [ExpertStats(layer.num_experts, hidden_size, vocab_size, cka_kernel) for layer in self.layers]
+        self._ids_T = self._mask_T = self._sequence_T = torch.empty(0)
 
     def to(self, device: torch.device) -> Observation:
         """Keep the sums on ``device``."""
@@ -39,8 +40,10 @@ class Observation:
         return self
 
     def next_batch(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Name the tokens of the coming forward; those whose mask is 0 are not counted."""
+        """Name the tokens of the coming forward, a row per sequence; those whose mask is 0 are not counted."""
         self._ids_T = input_ids.flatten()
+        rows = torch.arange(input_ids.shape[:-1].numel(), device=input_ids.device)
+        self._sequence_T = rows.repeat_interleave(input_ids.shape[-1])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._mask_T = mask.flatten().bool()
 
@@ -50,8 +53,9 @@ class Observation:
 
         def observer(layer: MoELayer, stats: ExpertStats) -> Callable[[Assignments], None]:
             def observe(assignments: Assignments) -> None:
-                with torch.no_grad():
-                    stats.update(routings.pop(layer.name), assignments, self._ids_T, self._mask_T)
+                # Under autocast the sums' products would be rounded to its type.
+                with torch.no_grad(), torch.autocast(assignments.outputs_NH.device.type, enabled=False):
+                    stats.update(routings.pop(layer.name), assignments, self._ids_T, self._mask_T, self._sequence_T)
 
             return observe
 

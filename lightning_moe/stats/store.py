@@ -16,7 +16,7 @@ from lightning_moe.files import replaced_file
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.stats.layer_stats import TENSORS, LayerStats
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

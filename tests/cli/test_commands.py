@@ -38,6 +38,8 @@ SUMS_OF_FLOATS = {"probability_E", "soft_count_E", "norm_E", "norm_sq_E", "gated
     "output_sum_EH",
     "output_sq_EH",
     "unit_sum_EH",
+    "hsic_EE",
+    "own_hsic_EE",
 }
 
 
@@ -78,7 +80,11 @@ def assert_equal_stats(one: ModelStats, other: ModelStats, *, exact: bool) -> No
         assert left.shape == right.shape
         for name in TENSORS:
             a, b = getattr(left, name), getattr(right, name)
-            if exact or name not in SUMS_OF_FLOATS:
+            if name == "ratio_R" and not exact:  # rounding may carry a token over the edge of its bin, no further
+                below, other_below = a.cumsum(0), b.cumsum(0)
+                assert below[-1] == other_below[-1]
+                assert bool((below[1:] >= other_below[:-1]).all() and (below[:-1] <= other_below[1:]).all())
+            elif exact or name not in SUMS_OF_FLOATS:
                 assert torch.equal(a, b), f"{left.shape.name}: {name}"
             else:
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=f"{left.shape.name}: {name}")

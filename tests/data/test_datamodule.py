@@ -130,7 +130,7 @@ def trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
 
 
 def rows(data: TextDataModule, path: Path) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in data._windows(str(path)).tokens_NS.tolist()]
+    return [tuple(row) for row in data._windows(str(path), data.samples).tokens_NS.tolist()]
 
 
 def test_each_loop_sees_its_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -192,3 +192,14 @@ def test_a_bad_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(None)
     with pytest.raises(InputError, match="nowhere"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("val_samples", "windows"), [(None, 6), (3, 3), ("all", None)])
+def test_validation_text_has_its_own_count(checkpoint: Path, text: Path, val_samples: Any, windows: int | None) -> None:
+    a, b = str(text / "a.txt"), str(text / "b.txt")
+    settings: dict[str, Any] = {"tokenizer": str(checkpoint), "seq_len": 16}
+    data = TextDataModule(a, b, samples=6, val_samples=val_samples, **settings)
+    alone = TextDataModule(b, samples="all" if windows is None else windows, **settings)
+    assert data.val_text.fingerprint == data.validation().text.fingerprint == alone.text.fingerprint
+    assert len(data.text) == 6
+    assert TextDataModule(a, samples=6, **settings).validation().text.fingerprint == data.text.fingerprint

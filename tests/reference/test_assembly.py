@@ -23,6 +23,9 @@ def test_page_names_sources_tokens_and_figures() -> None:
         "least_load": [0.5],
         "most_load": [1.5],
         "parameters": 6_700_000,
+        "kind": "A mixtral model",
+        "config": "configs/some.yaml",
+        "tokens_per_step": 100,
     }
     package = {"name": "texts", "version": "1.2", "licence": "CC0"}
     sources = {"a": {"packages": [package], "files": {"train": {"bytes": 5_000_000}}}}

@@ -1,0 +1,252 @@
+"""``compare``: methods x ratios x scopes x seeds on one model, cell by cell, to one table."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+
+from lightning_moe.cli.grid import Cell
+from lightning_moe.cli.methods import Job
+from lightning_moe.cli.records import Records, without_stamp
+from lightning_moe.cli.request import asked_data, asked_model, model_path, refuse_less_text
+from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.score import observe
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError, describe
+from lightning_moe.evaluation.perplexity import measure
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import layer_shapes
+from lightning_moe.moe.pruned_size import pruned_size
+from lightning_moe.pruning.budget import make_plan
+from lightning_moe.pruning.scores import ExpertScores
+from lightning_moe.report.comparison import FULL, spreads, write_csv
+from lightning_moe.report.comparison_table import show_comparison
+from lightning_moe.stats.store import ModelStats
+
+OBSERVATION = "observation"
+"""The record that says how long the shared pass took."""
+
+
+def compare(
+    trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, grid: Sequence[Cell], overwrite: bool
+) -> None:
+    """Fill the grid, write compare.json and compare.csv, print the table; leave with code 1 when cells failed.
+
+    Each finished cell is a file at once. Cells that are there already are not computed again, whatever else the
+    grid held when they were; failed ones are tried again.
+    """
+    path = model_path(model)
+    layer_shapes(path)
+    for option in ("limit_predict_batches", "limit_val_batches"):
+        refuse_less_text(trainer, option)
+    validation = data.validation()
+    asked = asked_model(trainer, model) | asked_data(data)
+    measured = asked_data(validation)
+    asked |= {f"data.val_{name}": measured[f"data.{name}"] for name in ("path", "samples", "content")}
+    run = RunFolder(out, "compare", asked, overwrite)
+    data.setup("predict")
+    validation.setup("validate")
+    say = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_global_zero)
+    if data.val_path is None:
+        say.print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
+    # Asked again to overwrite after a kill, it goes on with what it has begun to write.
+    comparison = Comparison(trainer, model, data, validation, run, anew=overwrite and not run.begun)
+    origin = {"model_id": asked["model_id"], "data_fingerprint": data.text.fingerprint}
+    origin["validation_fingerprint"] = validation.text.fingerprint
+    try:
+        full = comparison.full_model(say.print)
+        if trainer.is_global_zero and run.finished is None:
+            run.save({**origin, "finished": False})  # from now on the folder belongs to this request
+        rows = [full, *comparison.rows(grid, say.print)]
+    except (KeyboardInterrupt, SystemExit):
+        if trainer.is_global_zero:
+            print("Stopped; the same command goes on after the last finished cell.", file=sys.stderr)
+        raise
+    failed = [row for row in rows if row["status"] == "failed"]
+    if trainer.is_global_zero:
+        entries = spreads(rows)
+        write_csv(run.folder / "compare.csv", rows)
+        figures = {
+            **origin,
+            "finished": True,
+            "computed": comparison.computed,
+            "failed": len(failed),
+            "observation_seconds": comparison.observation_seconds,
+            "spread": entries,
+            "cells": rows,
+        }
+        run.save(figures) if failed else run.finish(figures)
+        show_comparison(entries)
+        _note_orders(rows, say.print)
+        if comparison.observation_seconds is not None:
+            say.print(
+                f"Methods on statistics shared one pass over the text of {comparison.observation_seconds:,.3g} s."
+            )
+        earlier = len(rows) - len(failed) - comparison.computed
+        say.print(f"{comparison.computed} cells computed now, {earlier} earlier, {len(failed)} failed.")
+        say.print(f"Results are in {out}: compare.csv, compare.json, and a file for each cell in cells.")
+        if failed:
+            print(
+                f"lightning-moe: {len(failed)} of {len(rows)} cells failed, the first with: {failed[0]['reason']} "
+                "The same command tries them again.",
+                file=sys.stderr,
+            )
+    if failed:
+        sys.exit(1)
+
+
+class Comparison:
+    """Computes cells on one model, one calibration text and one validation text."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: MoECausalLM,
+        data: TextDataModule,
+        validation: TextDataModule,
+        run: RunFolder,
+        anew: bool,
+    ) -> None:
+        self.trainer, self.data, self.validation, self.run = trainer, data, validation, run
+        self.path, self.model_id = model_path(model), run.request["model_id"]
+        self.shapes = layer_shapes(self.path)
+        self.job = Job(trainer, model, data, self._observed)
+        self._anew = anew
+        writes = trainer.is_global_zero
+        self._cells = Records(run.folder / "cells", run.request, writes=writes, anew=anew)
+        self._scores = Records(run.folder / "scores", run.request, writes=writes, anew=anew)
+        self._failed_scores: dict[str, str] = {}
+        self.computed = 0
+        """Cells computed, not found."""
+
+    @property
+    def observation_seconds(self) -> float | None:
+        """Of the pass that all methods on statistics share; None when it was not this command that made it.
+
+        After a kill within the pass, only of the part that came later.
+        """
+        record = self._scores.get(OBSERVATION)
+        return None if record is None else float(record["seconds"])
+
+    def _observed(self, whole: MoECausalLM) -> ModelStats:
+        file, start = self.run.folder / "stats.safetensors", time.perf_counter()
+        before = file.stat().st_mtime_ns if file.exists() else None
+        stats = observe(self.trainer, whole, self.data, self.run, self._anew)
+        if self.trainer.is_global_zero and file.stat().st_mtime_ns != before:
+            self._scores.put(OBSERVATION, {"seconds": round(time.perf_counter() - start, 3)})
+        return stats
+
+    def rows(self, grid: Sequence[Cell], say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Every cell: found, or computed."""
+        rows = []
+        for turn, cell in enumerate(grid, start=1):
+            row = self._cells.get(cell.file_name)
+            if row is None or row["status"] != "done" or any(row[k] != v for k, v in cell.settings.items()):
+                row = self._computed(cell)
+                what = f"perplexity {row['perplexity']:.4g}" if row["status"] == "done" else f"failed: {row['reason']}"
+                say(f"{turn} of {len(grid)}: {cell.title}: {what}")
+            rows.append(row)
+        return [without_stamp(row) for row in rows]
+
+    def full_model(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """The model as it is. What fails here would fail in every cell, so it is not caught."""
+        row = self._cells.get(FULL)
+        if row is None:
+            settings = {"method": FULL, "scope": None, "ratio": 0.0, "seed": None, "status": "done"}
+            row = self._cells.put(FULL, settings | self._figures({}))
+            self.computed += 1
+            say(f"full model: perplexity {row['perplexity']:.4g}")
+        return without_stamp(row)
+
+    def _computed(self, cell: Cell) -> dict[str, Any]:
+        try:
+            found, reason = self._measured(cell), None
+        except Exception as error:  # whatever it is, the other cells are worth having
+            found, reason = {}, describe(error)
+            if not isinstance(error, InputError):
+                found = {"traceback": traceback.format_exc().splitlines()}
+        reason = self._agreed(reason)
+        if reason is None:
+            self.computed += 1
+            return self._cells.put(cell.file_name, cell.settings | {"status": "done"} | found)
+        failure = {"status": "failed", "reason": reason, "traceback": found.get("traceback")}
+        return self._cells.put(cell.file_name, cell.settings | failure)
+
+    def _agreed(self, reason: str | None) -> str | None:
+        """A cell that failed on one rank has failed on all."""
+        reasons = [reason]
+        if self.trainer.world_size > 1 and torch.distributed.is_initialized():
+            reasons *= self.trainer.world_size
+            torch.distributed.all_gather_object(reasons, reason)
+        return next((one for one in reasons if one is not None), None)
+
+    def _measured(self, cell: Cell) -> dict[str, Any]:
+        # An impossible ratio fails before the method is run: equal scores need the same counts.
+        blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in self.shapes}
+        make_plan(ExpertScores(self.model_id, "", cell.method.name, self.shapes, blank), cell.ratio, cell.scope)
+        scores, seconds = self._scored(cell)
+        plan = make_plan(scores, cell.ratio, cell.scope)
+        figures = {"method_seconds": seconds, "comparable": scores.comparable, "made_by": plan.made_by}
+        return self._figures(plan.keep) | figures
+
+    def _figures(self, keep: dict[str, list[int]]) -> dict[str, Any]:
+        """What the model is worth with only these experts."""
+        figures = measure(self.trainer, self.job.cut_model(keep), self.validation)
+        counts = {shape.name: len(keep.get(shape.name, range(shape.num_experts))) for shape in self.shapes}
+        return {
+            **figures,
+            "domain_mean": statistics.fmean(figures["domains"].values()),
+            "method_seconds": None,
+            **pruned_size(self.path, keep),
+            "experts": sum(counts.values()),
+            "kept_experts": counts,
+            "plan": keep,
+        }
+
+    def _scored(self, cell: Cell) -> tuple[ExpertScores, float]:
+        """The scores of the cell's method and the seconds they took, made once for all cells that share them."""
+        key = cell.method.key(cell.ratio, cell.seed)
+        record = self._scores.get(key)
+        if record is None:
+            if key in self._failed_scores:
+                raise InputError(self._failed_scores[key])
+            record = self._scores.put(key, self._run_method(cell, key))
+        scores = ExpertScores.from_json(record["scores"], self.shapes, record["model_id"], record["data_fingerprint"])
+        return scores, record["seconds"]
+
+    def _run_method(self, cell: Cell, key: str) -> dict[str, Any]:
+        also = {"batch_size": self.data.batch_size, "world_size": self.trainer.world_size}
+        folder = self.run.partial(method=key, **also)
+        start, before = time.perf_counter(), self.job.preparation_seconds
+        try:
+            scores = cell.method.run(self.job, cell.ratio, cell.seed, folder)
+        except Exception as error:
+            self._failed_scores[key] = describe(error)
+            raise
+        seconds = time.perf_counter() - start - (self.job.preparation_seconds - before)
+        if self.trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        return {
+            "model_id": scores.model_id,
+            "data_fingerprint": scores.data_fingerprint,
+            "seconds": round(seconds, 3),
+            "scores": scores.as_json(),
+        }
+
+
+def _note_orders(rows: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+    orders = {row["method"] for row in rows if row["scope"] == "global" and not row.get("comparable", True)}
+    if orders:
+        say(
+            f"note: {', '.join(sorted(orders))}: an order of dropping within each layer; scope global compares the "
+            "places in these orders, not how much the experts of two layers matter."
+        )

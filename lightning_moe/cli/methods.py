@@ -1,0 +1,159 @@
+"""Methods: whatever gives every expert a score, by name; from a criterion on shared statistics to a search."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lightning_moe.cli.request import model_path
+from lightning_moe.cli.search import importance_scores, run_search
+from lightning_moe.criteria import Criterion, criteria
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError, describe
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import model_id
+from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.pruning.scores import ExpertScores, score_experts
+from lightning_moe.search.presets import PRESETS
+from lightning_moe.stats.store import ModelStats
+
+
+class Job:
+    """One model and one calibration text: what methods work from. Each part is made when it is first asked for.
+
+    Args:
+        trainer: How and where to run.
+        model: The model.
+        data: The calibration text.
+        observe: Makes, or finds, the statistics of the whole model on that text.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: MoECausalLM,
+        data: TextDataModule,
+        observe: Callable[[MoECausalLM], ModelStats],
+    ) -> None:
+        self.trainer, self.data = trainer, data
+        self.preparation_seconds = 0.0
+        """Spent on loading the model and on the statistics: work that methods share."""
+        self._model, self._observe = model, observe
+        self._cut = False
+        self._stats: ModelStats | None = None
+        self._failure: str | None = None
+
+    @property
+    def model(self) -> MoECausalLM:
+        """The model with all its experts, loaded."""
+        with self._preparation():
+            self._whole().configure_model()
+        return self._model
+
+    @property
+    def stats(self) -> ModelStats:
+        """The statistics of the model on the calibration text. A pass that failed is not made again."""
+        if self._failure is not None:
+            raise InputError(self._failure)
+        if self._stats is None:
+            with self._preparation():
+                try:
+                    self._stats = self._observe(self._whole())
+                except Exception as error:
+                    self._failure = f"the statistics could not be made: {describe(error)}"
+                    raise
+        return self._stats
+
+    def cut_model(self, keep: Mapping[str, Sequence[int]]) -> MoECausalLM:
+        """The model with only these experts, in memory; whoever asks for ``model`` next gets a whole one."""
+        model = self.model
+        self._cut = bool(keep)
+        keep_experts(model.network, keep)
+        return model
+
+    def _whole(self) -> MoECausalLM:
+        """The model, loaded or not, but not one that was cut."""
+        if self._cut:
+            self._model.release()
+            self._cut = False
+        return self._model
+
+    @contextmanager
+    def _preparation(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.preparation_seconds += time.perf_counter() - start
+
+
+Scoring = Callable[[Job, float | None, int, Path], ExpertScores]
+"""``(job, ratio, seed, folder) -> scores``; ``folder`` is its own, for unfinished work, removed when it succeeds."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to score experts."""
+
+    name: str
+    summary: str
+    scores: Scoring
+    """``ratio`` is None unless the method is ``per_ratio``."""
+    seeded: bool = False
+    """Whether another seed gives another result."""
+    needs_text: bool = False
+    """Whether it works on the text itself; otherwise statistics of it will do."""
+    per_ratio: bool = False
+    """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes."""
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^\w.+-]", "-", self.name)
+
+    def key(self, ratio: float, seed: int | None) -> str:
+        """The name of one result, fit for a file: equal keys are the same work."""
+        words = [self.file_name, *([repr(ratio)] if self.per_ratio else []), *([f"seed{seed}"] if self.seeded else [])]
+        return "-".join(words)
+
+    def run(self, job: Job, ratio: float, seed: int | None, folder: Path) -> ExpertScores:
+        """Score all experts; of ``ratio`` and ``seed`` it is given what it depends on."""
+        return self.scores(job, ratio if self.per_ratio else None, (seed or 0) if self.seeded else 0, folder)
+
+
+def _of_criterion(criterion: Criterion) -> Method:
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        return score_experts(job.stats, criterion.name, seed=seed)
+
+    return Method(criterion.name, criterion.summary, scores, seeded=criterion.name == "random")
+
+
+def _of_preset(preset_name: str) -> Method:
+    name = "diep" if preset_name == "default" else f"diep-{preset_name}"
+
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        module = run_search(job.trainer, job.model, job.data, PRESETS[preset_name], seed, folder)
+        return importance_scores(module, model_id(model_path(job.model)), job.data.text.fingerprint, name)
+
+    return Method(name, f"Gradient search (DiEP), preset {preset_name}.", scores, seeded=True, needs_text=True)
+
+
+def methods() -> list[Method]:
+    """All methods: every criterion, and the searches."""
+    return [_of_criterion(criterion) for criterion in criteria()] + [_of_preset(name) for name in PRESETS]
+
+
+def get_method(name: str) -> Method:
+    """Look up a method; an unknown name is refused with the nearest known one."""
+    known = {method.name: method for method in methods()}
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise InputError(f"Unknown method '{name}'.{hint} Known: {', '.join(sorted(known))}.")
+    return known[name]

@@ -1,0 +1,47 @@
+"""How large a checkpoint will be once it is pruned, known without writing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from safetensors import safe_open
+
+from lightning_moe.moe.checkpoints import resolve, skeleton, weight_files
+from lightning_moe.moe.compaction import EXPERT, LAYER, _find_cuts
+from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.surgery import keep_experts
+
+
+def pruned_size(path: str, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Parameters, and bytes of the weights as ``prune`` would save them (the tensors, without the files' headers).
+
+    A layer that ``keep`` does not name stays whole.
+    """
+    model = skeleton(path)
+    shapes = [layer.shape for layer in find_moe_layers(model)]
+    keep_experts(model, keep)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    files = weight_files(resolve(path))
+    if files[0].suffix != ".safetensors":  # such a checkpoint is saved from memory
+        dtype = model.config.dtype
+        itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.get_default_dtype().itemsize
+        return {"parameters": parameters, "bytes": parameters * itemsize}
+    by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
+    cuts = _find_cuts(files, by_index)
+    total = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                part = tensors.get_slice(name)
+                shape = list(part.get_shape())
+                size = (part[:0] if shape else tensors.get_tensor(name)).element_size()
+                layer, expert = LAYER.search(name), EXPERT.search(name)
+                cut = cuts.get(int(layer.group(1))) if layer else None
+                if layer is not None and cut is not None and layer.group(2) == cut.component and "shared" not in name:
+                    if expert is not None:
+                        size *= int(expert.group(1)) in cut.keep
+                    elif cut.num_experts in shape:
+                        shape[shape.index(cut.num_experts)] = len(cut.keep)
+                total += torch.Size(shape).numel() * size
+    return {"parameters": parameters, "bytes": total}

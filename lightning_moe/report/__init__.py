@@ -1,0 +1,1 @@
+"""What several results say together: tables in the terminal and on disk."""

@@ -1,0 +1,1 @@
+"""DiEP: which experts matter, learned by gradient (arXiv 2509.16105)."""
