@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moe.cli.main import main
+from lightning_moe.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_moe"
@@ -145,7 +145,7 @@ def test_there_are_configs() -> None:
 def test_every_config_is_parsed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command its first comment names, ``fit`` if it names none."""
     text = config.read_text()
-    command = next((name for name in ("score", "prune", "evaluate") if f"lightning-moe {name}" in text), "fit")
+    command = next((name for name in COMMANDS if f"lightning-moe {name}" in text), "fit")
     with pytest.raises(SystemExit) as left:
         main([command, "--config", str(config), "--print_config"])
     said = capsys.readouterr()

@@ -22,11 +22,13 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, resolve
-from lightning_moe.moe.compaction import compact_checkpoint
+from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import Scope, make_plan
+from lightning_moe.pruning.merging import merge_groups
 from lightning_moe.pruning.plan import PruningPlan, load_plan
 from lightning_moe.pruning.scores import ExpertScores, score_experts, write_scores
+from lightning_moe.stats.similarity import similarity
 from lightning_moe.stats.store import ModelStats
 
 
@@ -58,10 +60,12 @@ def prune(
     plan_file: str | None,
     overwrite: bool,
     skipping: Skipping = None,
+    merge: bool = False,
 ) -> dict[str, Any] | None:
     """Write plan.json and model/, and what led to them. One of text, statistics or plan is the source.
 
-    Text and statistics also give the model its skip tables; ``skipping`` says whether it uses them.
+    Text and statistics also give the model its skip tables; ``skipping`` says whether it uses them. ``merge`` averages
+    dropped experts into kept ones; a plan says by itself whether it does.
     """
     path = model_path(model)
     sources = {"--data.path": data.path, "--stats": stats_file, "--plan": plan_file}
@@ -78,9 +82,10 @@ def prune(
     plan: PruningPlan | None = None
     stats: ModelStats | None = None
     if plan_file is not None:
-        if cut != Cut():
+        if cut != Cut() or merge:
             raise InputError(
-                "--plan says which experts stay; leave out --method, --ratio, --scope, --direction and --floor."
+                "--plan says which experts stay, and which are merged; leave out --method, --ratio, --scope, "
+                "--direction, --floor and --merge."
             )
         plan = load_plan(Path(plan_file))
         try:
@@ -90,7 +95,7 @@ def prune(
         # It may have been edited since: what its `made_by` says of method and ratio need not hold.
         plan = replace(plan, made_by={"method": "plan", "file": plan_file})
         wanted_entry(path, None, skipping)  # refused before any work
-        asked: dict[str, Any] = {"plan": plan.keep}
+        asked: dict[str, Any] = {"plan": plan.keep} | ({"merge": plan.merge} if plan.merge else {})
     else:
         # An impossible ratio is refused before any work: equal scores need the same counts.
         blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
@@ -98,7 +103,9 @@ def prune(
         if stats_file is not None:
             stats = known_stats(stats_file, identity, shapes)
         source = {"stats": stats.data_fingerprint} if stats is not None else asked_data(data)
-        asked = cut.asked() | source
+        asked = cut.asked() | source | ({"merge": True} if merge else {})
+    if merge or (plan is not None and plan.merge):
+        check_mergeable(path)
     if skipping is not None:
         asked["skipping"] = skipping
     target = Path(out) / "model"
@@ -117,6 +124,8 @@ def prune(
             scores = [score_experts(stats, cut.method, cut.direction, seed())]
         scores += [score_experts(stats, one.name, seed=seed()) for one in criteria() if one.name != cut.method]
         plan = make_plan(scores[0], cut.ratio, cut.scope, cut.floor)
+        if merge:
+            plan = replace(plan, merge=merge_groups(plan.keep, {s.shape.name: similarity(s) for s in stats.layers}))
     if not trainer.is_global_zero:
         return None
     if scores and cut.scope == "global" and not scores[0].comparable:
@@ -128,7 +137,7 @@ def prune(
     started = time.perf_counter()
     entry = wanted_entry(path, stats, skipping)
     # The model first: when its weights turn out damaged, nothing is written.
-    compact_checkpoint(path, plan.keep, target, skipping=entry)
+    compact_checkpoint(path, plan.keep, target, skipping=entry, merge=plan.merge)
     plan.save(run.folder / "plan.json")
     if scores:
         write_scores(run.folder / "scores.json", scores)
@@ -138,6 +147,7 @@ def prune(
             "data_fingerprint": plan.data_fingerprint,
             **{name: plan.made_by.get(name) for name in ("method", "ratio", "scope", "direction")},
             **_reduction(path, target, shapes, plan.keep),
+            **({"merged": plan.num_merged} if plan.merge else {}),
             "save_seconds": round(time.perf_counter() - started, 3),
             "world_size": trainer.world_size,
         }

@@ -6,8 +6,10 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -45,8 +47,11 @@ class SearchRequest:
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """Every argument of ``DiEPSearch`` but model and seed, defaults too: equal ones are the same search."""
+        parameters = signature(DiEPSearch).parameters.values()
+        defaults = {one.name: one.default for one in parameters if one.name not in ("model", "seed")}
         changes = {name: value for name, value in self.changes.items() if value is not None}
-        return preset(self.preset) | changes | {"ratio": self.ratio, "floor": self.floor}
+        return defaults | preset(self.preset) | changes | {"ratio": self.ratio, "floor": self.floor}
 
 
 def search(
@@ -59,10 +64,10 @@ def search(
     blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
     make_plan(ExpertScores("", "", "diep", shapes, blank), request.ratio, "global", request.floor)
     stability = PlanStability(request.check_every, request.patience)
-    asked = {**vars(request), "changes": None, "arguments": request.arguments, "seed": seed()}
-    run = RunFolder(
-        out, "search", asked_of | asked_data(data) | {"data.batch_size": data.batch_size} | asked, overwrite
-    )
+    batch = {"data.batch_size": data.batch_size, "world_size": trainer.world_size}  # here they do change results
+    looks = {"check_every": request.check_every, "patience": request.patience}
+    asked = request.arguments | looks | {"seed": seed()}
+    run = RunFolder(out, "search", asked_of | asked_data(data) | batch | asked, overwrite)
     if run.finished:
         return run.finished
     figures = ImportanceFigures(run.folder / "figures")
@@ -127,6 +132,9 @@ def run_search(
         print(f"Going on from update {_step(last)} of an earlier search.")
     try:
         trainer.fit(module, datamodule=calibration, ckpt_path=None if last is None else str(last))
+        if last is not None and _step(last) >= module.updates:
+            for callback in callbacks:  # with no update left, Lightning neither starts nor ends a training
+                callback.on_train_end(trainer, module)
     finally:
         trainer.callbacks, trainer.fit_loop = kept_callbacks, kept_loop  # type: ignore[attr-defined]
         trainer.should_stop = False
@@ -141,7 +149,9 @@ def importance_scores(module: DiEPSearch, model_id: str, fingerprint: str, metho
 
 
 def _last_save(folder: Path) -> Path | None:
-    return max(folder.glob("search-step=*.ckpt"), key=_step, default=None)
+    """The newest save that is whole: Lightning moves each here from the system's own temporary folder, and where
+    that is another disk, a kill can leave half a file."""
+    return max((file for file in folder.glob("search-step=*.ckpt") if is_zipfile(file)), key=_step, default=None)
 
 
 def _step(file: Path) -> int:

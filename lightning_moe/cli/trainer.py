@@ -132,6 +132,7 @@ class MoETrainer(Trainer):
         floor: int | None = None,
         stats: str | None = None,
         plan: str | None = None,
+        merge: bool = False,
         skipping: bool | Literal["naee"] | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -151,13 +152,15 @@ class MoETrainer(Trainer):
             floor: Fewest experts a layer keeps under global scope; default is what its router needs (top_k).
             stats: A stats.safetensors (or the run folder that holds it) to use instead of text.
             plan: A plan.json to apply as it is.
+            merge: Average each dropped expert into the kept one of its layer whose outputs are most like its own (CKA),
+                instead of throwing it away; weights by the softmax of that likeness, as DiEP, App. A.5.
             skipping: Let the new model skip, token by token, experts that matter little beside the first: true for
                 the rule of DiEP, naee for that of NAEE; false never. Default: as the model pruned does. The tables
                 for it are stored in any case, unless the source is a plan and the model pruned has none.
             overwrite: Replace the results of another request in that folder.
         """
         cut = Cut(method, ratio, scope, direction, floor)
-        show(out, prune(self, model, datamodule, out, cut, stats, plan, overwrite, skipping))
+        show(out, prune(self, model, datamodule, out, cut, stats, plan, overwrite, skipping, merge))
 
     def evaluate(
         self,

@@ -12,6 +12,7 @@ from lightning_moe.errors import InputError
 from lightning_moe.files import write_json
 from lightning_moe.moe.checkpoints import same_model
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.merged_experts import check_merge
 from lightning_moe.moe.surgery import check_keep
 
 VERSION = 1
@@ -26,15 +27,23 @@ class PruningPlan:
     """The checkpoint it was made for; a plan without one fits any model with such layers."""
     data_fingerprint: str | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
+    merge: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)
+    """Layer -> kept expert -> the experts averaged into it, itself among them -> weight; see ``merged_experts``."""
 
     def check(self, shapes: Sequence[LayerShape], model_id: str) -> None:
         """Raise ``InputError`` unless the plan fits these layers of this model."""
         check_keep(shapes, self.keep)
+        check_merge(shapes, self.keep, self.merge)
         if self.model_id is not None and not same_model(self.model_id, model_id):
             raise InputError(
                 f"the plan was made for model {self.model_id}, this is {model_id}. To use it all the same, delete "
                 "its line `model_id`."
             )
+
+    @property
+    def num_merged(self) -> int:
+        """Dropped experts that are averaged into kept ones."""
+        return sum(len(set(group) - {kept}) for groups in self.merge.values() for kept, group in groups.items())
 
     def save(self, file: Path) -> None:
         value = {
@@ -43,6 +52,7 @@ class PruningPlan:
             "data_fingerprint": self.data_fingerprint,
             "made_by": self.made_by,
             "keep": self.keep,
+            **({"merge": self.merge} if self.merge else {}),
         }
         write_json(file, value)
 
@@ -65,4 +75,21 @@ def load_plan(file: Path) -> PruningPlan:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise InputError(f"--plan {file}: {name}: expected a list of expert ids, found {ids!r}.")
     keep = {name: sorted(ids) for name, ids in value["keep"].items()}
-    return PruningPlan(keep, value.get("model_id"), value.get("data_fingerprint"), value.get("made_by") or {})
+    merge = _read_merge(file, value.get("merge"))
+    return PruningPlan(keep, value.get("model_id"), value.get("data_fingerprint"), value.get("made_by") or {}, merge)
+
+
+def _read_merge(file: Path, value: Any) -> dict[str, dict[int, dict[int, float]]]:
+    """``merge`` with its ids as numbers; JSON has them as words."""
+    try:
+        return {
+            name: {
+                int(kept): {int(expert): weight for expert, weight in group.items()} for kept, group in groups.items()
+            }
+            for name, groups in ({} if value is None else value).items()
+        }
+    except (AttributeError, ValueError) as error:
+        raise InputError(
+            f"--plan {file}: `merge` must name layers, in each the kept experts, and for these the weights of their "
+            'group: {"model.layers.0.mlp": {"2": {"2": 0.6, "5": 0.4}}}.'
+        ) from error

@@ -71,7 +71,7 @@ class DiEPSearch(LightningModule):
         task: Literal["ce", "kl", "none"] = "ce",
         target: Target = "hidden",
         relative: bool = True,
-        weight: float = 1.0,
+        weight: float = 3.0,
         pressure: float = 1.0,
         lr: float = 0.05,
         min_lr_ratio: float = 1.0,
@@ -101,6 +101,10 @@ class DiEPSearch(LightningModule):
         for name in ("updates", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: at least 1.")
+        if not lr > 0:
+            raise InputError(f"lr {lr}: above 0.")
+        if not 0 <= min_lr_ratio <= 1:
+            raise InputError(f"min_lr_ratio {min_lr_ratio}: between 0 and 1.")
         if betas not in ("learned", "fixed", "random"):
             parse_ratio(betas, "betas")
         alpha_turns, beta_turns = parse_ratio(schedule, "schedule")
@@ -144,7 +148,6 @@ class DiEPSearch(LightningModule):
 
     @override
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        self.importance.float()  # the Trainer may have made everything bfloat16
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.optimizer_name]
         groups = [list(self.importance.alphas)] * self.learn_alpha + [[self.importance.beta_L]] * (
             self.betas == "learned"
@@ -216,7 +219,8 @@ class DiEPSearch(LightningModule):
     def _count(self, real_T: Tensor) -> Any:
         def count(layer: MoELayer, routing: Routing) -> None:
             ids = routing.expert_ids_TK[real_T.bool()].flatten()
-            self._routed[layer.name] += torch.bincount(ids, minlength=layer.num_experts).double().cpu()
+            count_E = self.trainer.strategy.reduce(torch.bincount(ids, minlength=layer.num_experts), reduce_op="sum")
+            self._routed[layer.name] += count_E.double().cpu()
 
         return count
 

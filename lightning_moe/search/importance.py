@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_moe.errors import InputError
 
@@ -20,18 +22,20 @@ class ImportanceLogits(nn.Module):
 
     def __init__(self, experts_L: Sequence[int]) -> None:
         super().__init__()
-        self.alphas = nn.ParameterList([nn.Parameter(torch.zeros(count)) for count in experts_L])
-        self.beta_L = nn.Parameter(torch.ones(len(experts_L)))
+        self.alphas = nn.ParameterList([nn.Parameter(torch.zeros(count, dtype=torch.float32)) for count in experts_L])
+        self.beta_L = nn.Parameter(torch.ones(len(experts_L), dtype=torch.float32))
 
-    def shares(self) -> list[Tensor]:
-        """``softmax(alpha)`` of each layer, ``(E,)``: what the experts of a layer share out among themselves."""
-        return [alpha_E.softmax(0) for alpha_E in self.alphas]
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to its device, but not to its type: bfloat16 would swallow small updates."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def gates(self) -> list[Tensor]:
         """``E * softmax(alpha) * beta`` of each layer, ``(E,)``: 1 for every expert at the start."""
-        return [
-            share_E.shape[0] * share_E * beta for share_E, beta in zip(self.shares(), self.beta_L.unbind(), strict=True)
-        ]
+        # As powers over their mean: E * softmax(0) is not quite 1 in float32 for 41, 47, 55 and more counts.
+        powers_L = [(alpha_E - alpha_E.detach().max()).exp() for alpha_E in self.alphas]
+        return [power_E / power_E.mean() * beta for power_E, beta in zip(powers_L, self.beta_L.unbind(), strict=True)]
 
 
 def beta_profile(profile: str, num_layers: int, seed: int) -> Tensor:
@@ -41,11 +45,11 @@ def beta_profile(profile: str, num_layers: int, seed: int) -> Tensor:
     These are the rows of DiEP's ablation in which beta is not learned.
     """
     if profile == "random":
-        beta_L = torch.rand(num_layers, generator=torch.Generator().manual_seed(seed))
+        beta_L = torch.rand(num_layers, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     else:
         first, second = parse_ratio(profile, "beta profile")
         half = num_layers // 2
-        beta_L = torch.tensor([float(first)] * half + [float(second)] * (num_layers - half))
+        beta_L = torch.tensor([float(first)] * half + [float(second)] * (num_layers - half), dtype=torch.float32)
     return beta_L / beta_L.mean()
 
 

@@ -31,6 +31,15 @@ class PlanStability(Callback):
         self._keep: dict[str, list[int]] | None = None
         self._seen = 0
 
+    @property
+    def stable(self) -> bool:
+        last = self.overlaps[-self.patience :] if self.patience else []
+        return self.patience is not None and len(last) == self.patience and min(last) == 1.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop |= self.stable  # resumed from a save made at the very stop
+
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         assert isinstance(pl_module, DiEPSearch)
@@ -42,8 +51,7 @@ class PlanStability(Callback):
             self.overlaps.append(overlap(self._keep, keep))
             pl_module.log("search/plan_overlap", self.overlaps[-1], prog_bar=True)
         self._keep = keep
-        last = self.overlaps[-self.patience :] if self.patience else []
-        if self.patience and len(last) == self.patience and min(last) == 1.0:
+        if self.stable:
             trainer.should_stop = True
 
     @override

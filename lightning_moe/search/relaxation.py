@@ -57,7 +57,9 @@ def _route(relaxation: Relaxation, layer: MoELayer, routings: dict[str, Routing]
         num_experts, tokens = layer.num_experts, expert_ids_TK.shape[0]
         expert_ids_TE = torch.arange(num_experts, device=expert_ids_TK.device).expand(tokens, num_experts)
         if relaxation == "literal":
-            return expert_ids_TE, weights_TK.new_full((tokens, num_experts), 1 / num_experts)
+            return expert_ids_TE, torch.full(
+                (tokens, num_experts), 1 / num_experts, dtype=torch.float32, device=weights_TK.device
+            )
         return expert_ids_TE, routings[layer.name].logits_TE.float().softmax(-1)
 
     return everywhere

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.pruning.merging import merge_groups
 
 Keep = dict[str, list[int]]
+Merge = dict[str, dict[int, dict[int, float]]]
 
 
 def uniform_plan(model: PreTrainedModel) -> Keep:
@@ -28,3 +31,9 @@ def fewest_plan(model: PreTrainedModel) -> Keep:
 def compose(first: Keep, second: Keep) -> Keep:
     """The one plan that does what ``first`` and then ``second`` (whose ids are those of the pruned model) do."""
     return {name: [ids[i] for i in second[name]] if name in second else ids for name, ids in first.items()}
+
+
+def some_merge(keep: Keep, num_experts: int = 8) -> Merge:
+    """Every dropped expert merged into some kept one, with weights that differ."""
+    generator = torch.Generator().manual_seed(5)
+    return merge_groups(keep, {name: 3 * torch.rand(num_experts, num_experts, generator=generator) for name in keep})

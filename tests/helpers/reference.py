@@ -477,3 +477,29 @@ def load_balance(
             loss += share * mean([softmax(logits[t])[expert] for t in kept])
         losses.append(num_experts * loss)
     return mean(losses)
+
+
+def mean_experts(experts: nn.Module, weights: dict[int, float]) -> dict[str, Tensor]:
+    """The weighted mean of some experts, tensor by tensor, in float64; ids and weights as a plan has them."""
+    return {
+        name: torch.stack([weight * stack.detach()[expert].double() for expert, weight in weights.items()]).sum(0)
+        for name, stack in experts.named_parameters(recurse=False)
+    }
+
+
+def merge_groups(kept: Sequence[int], alike: Sequence[Sequence[float]]) -> dict[int, dict[int, float]]:
+    """Of one layer, expert by expert: who joins whom, and with what weight (DiEP, App. A.5)."""
+    groups: dict[int, dict[int, float]] = {}
+    for expert in range(len(alike)):
+        if expert in kept:
+            continue
+        best = kept[0]
+        for other in kept:
+            if alike[other][expert] > alike[best][expert]:
+                best = other
+        groups.setdefault(best, {best: math.exp(1.0)})[expert] = math.exp(alike[best][expert])
+    for group in groups.values():
+        total = sum(group.values())
+        for expert in group:
+            group[expert] /= total
+    return groups

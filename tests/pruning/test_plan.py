@@ -18,6 +18,7 @@ SHAPES = [
     LayerShape("model.layers.2.mlp", 2, 8, 2, 2, 1),
 ]
 KEEP = {"model.layers.0.mlp": [0, 3], "model.layers.1.mlp": [1, 2, 5], "model.layers.2.mlp": [0, 1, 6, 7]}
+MERGE = {"model.layers.1.mlp": {1: {0: 0.25, 1: 0.5, 7: 0.25}, 5: {3: 1 / 3, 5: 2 / 3}}}
 MODEL = "tiny@0123456789ab"
 
 
@@ -47,6 +48,30 @@ def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "new" / "plan.json").read_bytes()
     assert json.loads((tmp_path / "again.json").read_text())["version"] == VERSION
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "new"]
+
+
+def test_a_plan_that_merges_comes_back_as_it_was(tmp_path: Path) -> None:
+    plan = PruningPlan(KEEP, MODEL, "data@23", {"method": "reap"}, MERGE)
+    assert plan.num_merged == 3
+    plan.save(tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json")
+    assert loaded == plan
+    loaded.check(SHAPES, MODEL)
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def test_a_plan_that_does_not_merge_says_nothing_of_it(tmp_path: Path) -> None:
+    """As all plans did before there was merging."""
+    PruningPlan(KEEP).save(tmp_path / "plan.json")
+    assert "merge" not in json.loads((tmp_path / "plan.json").read_text())
+    for nothing in ({}, None):
+        assert load_plan(written(tmp_path, {"keep": KEEP, "merge": nothing})) == PruningPlan(KEEP)
+
+
+def test_few_digits_are_enough(tmp_path: Path) -> None:
+    merge = {"model.layers.0.mlp": {"3": {"1": 0.333, "2": 0.333, "3": 0.333}}}
+    load_plan(written(tmp_path, {"keep": KEEP, "merge": merge})).check(SHAPES, MODEL)
 
 
 def test_saving_replaces_what_was_there(tmp_path: Path) -> None:
@@ -100,6 +125,25 @@ FAULTY_FILES: dict[str, tuple[Any, str]] = {
     "too few": ({"keep": {"model.layers.1.mlp": [5]}}, "top_k=2"),
     "none": ({"keep": {"model.layers.1.mlp": []}}, "top_k=2"),
     "an id twice": ({"keep": {"model.layers.1.mlp": [5, 5, 6]}}, "different"),
+    **{
+        f"merge, {name}": ({"keep": KEEP, "merge": merge}, said)
+        for name, (merge, said) in {
+            "a list": ([1, 2], "`merge` must name layers"),
+            "false": (False, "`merge` must name layers"),
+            "a layer a list": ({"model.layers.0.mlp": [1, 2]}, "`merge` must name layers"),
+            "a group a list": ({"model.layers.0.mlp": {"0": [0, 1]}}, "`merge` must name layers"),
+            "ids in words": ({"model.layers.0.mlp": {"0": {"one": 1.0}}}, "`merge` must name layers"),
+            "unknown layer": ({"model.layers.9.mlp": {"0": {"0": 1.0}}}, "model.layers.9.mlp"),
+            "id too high": ({"model.layers.0.mlp": {"0": {"0": 0.5, "4": 0.5}}}, "expert 4"),
+            "into a dropped one": ({"model.layers.0.mlp": {"1": {"1": 0.5, "2": 0.5}}}, "does not keep"),
+            "of a kept one": ({"model.layers.0.mlp": {"0": {"0": 0.5, "3": 0.5}}}, "keeps it too"),
+            "twice": ({"model.layers.0.mlp": {i: {i: 0.5, "1": 0.5} for i in ("0", "3")}}, "twice"),
+            "too much": ({"model.layers.0.mlp": {"0": {"0": 1.0, "1": 0.5}}}, "sum to 1.5"),
+            "NaN": ({"model.layers.0.mlp": {"0": {"0": 0.5, "1": float("nan")}}}, "weight nan"),
+            "a weight in words": ({"model.layers.0.mlp": {"0": {"0": 0.5, "1": "0.5"}}}, "'0.5'"),
+            "a weight null": ({"model.layers.0.mlp": {"0": {"0": 0.5, "1": None}}}, "None"),
+        }.items()
+    },
     "groups apart": ({"keep": {"model.layers.2.mlp": [0, 1, 2, 6, 7]}}, "[3, 2]"),
 }
 
