@@ -64,7 +64,7 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
         folder = run.folder / name.replace(" ", "-").replace("%", "")
         stats = str(run.folder / "score" / "stats.safetensors")
         cut = Cut(method, ratio, scope)
-        prune(trainer, MoECausalLM(str(MODEL)), TextDataModule(), str(folder), cut, stats, None, overwrite)
+        prune(trainer, MoECausalLM(str(MODEL)), TextDataModule(), str(folder), cut, stats, None, None, overwrite)
         folders[name] = folder / "model"
     uniform = {name: folder for name, folder in folders.items() if "global" not in name}
     console.print(f"[bold]3. Reload[/bold] the {len(uniform)} uniform ones in stock transformers, in another process.")

@@ -27,7 +27,7 @@ from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.merging import merge_groups
 from lightning_moe.pruning.plan import PruningPlan, load_plan
-from lightning_moe.pruning.scores import ExpertScores, score_experts, write_scores
+from lightning_moe.pruning.scores import ExpertScores, load_scores, score_experts, write_scores
 from lightning_moe.stats.similarity import similarity
 from lightning_moe.stats.store import ModelStats
 
@@ -57,30 +57,35 @@ def prune(
     out: str,
     cut: Cut,
     stats_file: str | None,
+    scores_file: str | None,
     plan_file: str | None,
     overwrite: bool,
     skipping: Skipping = None,
     merge: bool = False,
 ) -> dict[str, Any] | None:
-    """Write plan.json and model/, and what led to them. One of text, statistics or plan is the source.
+    """Write plan.json and model/, and what led to them. One of text, statistics, scores or plan is the source.
 
     Text and statistics also give the model its skip tables; ``skipping`` says whether it uses them. ``merge`` averages
     dropped experts into kept ones; a plan says by itself whether it does.
     """
     path = model_path(model)
-    sources = {"--data.path": data.path, "--stats": stats_file, "--plan": plan_file}
+    sources = {"--data.path": data.path, "--stats": stats_file, "--scores": scores_file, "--plan": plan_file}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise InputError(
-            f"prune works from one of --data.path, --stats or --plan; given: {' and '.join(given) or 'none'}."
+            f"prune works from one of --data.path, --stats, --scores or --plan; given: {' and '.join(given) or 'none'}."
         )
     method = get_method(cut.method)
     if method.needs_text and stats_file is not None:
         raise InputError(f"--stats {stats_file}: {cut.method} searches on the text itself; give --data.path instead.")
     shapes, asked_of = layer_shapes(path), asked_model(trainer, model)
     identity = asked_of["model_id"]
+    batch = {"data.batch_size": data.batch_size, "world_size": trainer.world_size}  # they change a search's result
     plan: PruningPlan | None = None
     stats: ModelStats | None = None
+    scores: list[ExpertScores] = []
+    if merge and scores_file is not None:
+        raise InputError(f"--scores {scores_file}: merging needs statistics; give --data.path or --stats instead.")
     if plan_file is not None:
         if cut != Cut() or merge:
             raise InputError(
@@ -102,7 +107,15 @@ def prune(
         make_plan(ExpertScores(identity, "", cut.method, shapes, blank), cut.ratio, cut.scope, cut.floor)
         if stats_file is not None:
             stats = known_stats(stats_file, identity, shapes)
-        source = {"stats": stats.data_fingerprint} if stats is not None else asked_data(data)
+            source: dict[str, Any] = {"stats": stats.data_fingerprint}
+        elif scores_file is not None:
+            if cut.direction is not None:
+                raise InputError(f"--direction {cut.direction}: the scores have theirs already; leave it out.")
+            scores = [load_scores(Path(scores_file), cut.method, shapes, identity)]
+            wanted_entry(path, None, skipping)  # refused before any work
+            source = {"scores": scores[0].fingerprint}
+        else:
+            source = asked_data(data) | (batch if method.needs_text else {})
         asked = cut.asked() | source | ({"merge": True} if merge else {})
     if merge or (plan is not None and plan.merge):
         check_mergeable(path)
@@ -114,24 +127,24 @@ def prune(
     run = RunFolder(out, "prune", asked_of | asked, overwrite)
     if run.finished and target.is_dir():
         return run.finished
-    scores: list[ExpertScores] = []
-    if plan is None:
+    if plan is None and not scores:
         job = Job(trainer, model, data, lambda whole: observe(trainer, whole, data, run))
         stats = stats or job.stats
         if method.needs_text:
-            scores = [method.run(job, cut.ratio, seed(), run.partial(batch_size=data.batch_size))]
+            scores = [method.run(job, cut.ratio, seed(), run.partial(method=cut.method))]
         else:
             scores = [score_experts(stats, cut.method, cut.direction, seed())]
         scores += [score_experts(stats, one.name, seed=seed()) for one in criteria() if one.name != cut.method]
+    if plan is None:
         plan = make_plan(scores[0], cut.ratio, cut.scope, cut.floor)
-        if merge:
+        if merge and stats is not None:
             plan = replace(plan, merge=merge_groups(plan.keep, {s.shape.name: similarity(s) for s in stats.layers}))
     if not trainer.is_global_zero:
         return None
     if scores and cut.scope == "global" and not scores[0].comparable:
         Console(stderr=True, soft_wrap=True).print(
-            f"note: {cut.method} is an order of dropping within each layer, so --scope global compares the places in "
-            "these orders, not how much the experts of two layers matter."
+            f"note: {scores[0].method} is an order of dropping within each layer, so --scope global compares the "
+            "places in these orders, not how much the experts of two layers matter."
         )
     run.begin()
     started = time.perf_counter()
@@ -139,7 +152,7 @@ def prune(
     # The model first: when its weights turn out damaged, nothing is written.
     compact_checkpoint(path, plan.keep, target, skipping=entry, merge=plan.merge)
     plan.save(run.folder / "plan.json")
-    if scores:
+    if scores and scores_file is None:
         write_scores(run.folder / "scores.json", scores)
     return run.finish(
         {

@@ -131,6 +131,7 @@ class MoETrainer(Trainer):
         direction: Literal["min", "max"] | None = None,
         floor: int | None = None,
         stats: str | None = None,
+        scores: str | None = None,
         plan: str | None = None,
         merge: bool = False,
         skipping: bool | Literal["naee"] | None = None,
@@ -138,7 +139,7 @@ class MoETrainer(Trainer):
     ) -> None:
         """Drop the experts that matter least and write the smaller checkpoint.
 
-        Works from text (observes first), from the statistics of an earlier ``score`` or ``prune``, or from a plan.
+        Works from text (observes first), from the statistics or the scores of an earlier run, or from a plan.
 
         Args:
             model: The model.
@@ -151,6 +152,8 @@ class MoETrainer(Trainer):
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.
             floor: Fewest experts a layer keeps under global scope; default is what its router needs (top_k).
             stats: A stats.safetensors (or the run folder that holds it) to use instead of text.
+            scores: A scores.json (or the run folder that holds it) to use instead of text: of a search, or of the
+                method that is asked.
             plan: A plan.json to apply as it is.
             merge: Average each dropped expert into the kept one of its layer whose outputs are most like its own (CKA),
                 instead of throwing it away; weights by the softmax of that likeness, as DiEP, App. A.5.
@@ -160,7 +163,7 @@ class MoETrainer(Trainer):
             overwrite: Replace the results of another request in that folder.
         """
         cut = Cut(method, ratio, scope, direction, floor)
-        show(out, prune(self, model, datamodule, out, cut, stats, plan, overwrite, skipping, merge))
+        show(out, prune(self, model, datamodule, out, cut, stats, scores, plan, overwrite, skipping, merge))
 
     def evaluate(
         self,

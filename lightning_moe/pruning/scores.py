@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_moe.criteria import Direction, get_criterion
+from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import write_json
+from lightning_moe.moe.checkpoints import same_model
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.stats.store import ModelStats
 
@@ -33,6 +37,11 @@ class ExpertScores:
     """False when a score is an order within its layer, so that comparing layers says nothing."""
     settings: dict[str, Any] = field(default_factory=dict)
     """How they were made: direction, seed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the scores and how they were made."""
+        return hashlib.sha256(json.dumps(self.as_json()).encode()).hexdigest()[:16]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +74,35 @@ def score_experts(stats: ModelStats, method: str, direction: Direction | None = 
         criterion.comparable,
         {"direction": direction or criterion.direction} | ({"seed": seed} if method == "random" else {}),
     )
+
+
+def load_scores(file: Path, method: str, shapes: Sequence[LayerShape], model_id: str) -> ExpertScores:
+    """Read the scores of one method; of a file that holds just one, as a search writes, that one.
+
+    ``file`` may be the run folder that holds it. Raises ``InputError`` for what is not there or of another model.
+    """
+    file = file / "scores.json" if file.is_dir() else file
+    try:
+        value = json.loads(file.read_text())
+        found, made_for, fingerprint = value["methods"], value["model_id"], value["data_fingerprint"]
+        version = value["version"]
+    except FileNotFoundError as error:
+        raise InputError(f"--scores {file}: no such file; `score` and `search` write one.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--scores {file}: not a file of scores ({first_line(error)}).") from error
+    if version != VERSION:
+        raise InputError(f"--scores {file}: version {version}, this program reads {VERSION}.")
+    if not same_model(made_for, model_id):
+        raise InputError(f"--scores {file}: made for model {made_for}, this is {model_id}; score this model first.")
+    chosen = found.get(method) or (next(iter(found.values())) if len(found) == 1 else None)
+    if chosen is None:
+        raise InputError(f"--scores {file}: no scores of {method} in it; it has {', '.join(found)}.")
+    scores = ExpertScores.from_json(chosen, shapes, made_for, fingerprint)
+    for shape in shapes:
+        have = len(scores.scores.get(shape.name, ()))
+        if have != shape.num_experts:
+            raise InputError(f"--scores {file}: {have} scores for {shape.name}, which has {shape.num_experts} experts.")
+    return scores
 
 
 def write_scores(file: Path, scores: Sequence[ExpertScores]) -> None:
