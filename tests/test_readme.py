@@ -33,13 +33,15 @@ def test_the_tour_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "lightning_moe").symlink_to(ROOT / "lightning_moe")
     monkeypatch.chdir(tmp_path)
     commands = [line for line in bash_lines() if line.startswith("lightning-moe ")]
-    assert len(commands) == 5
+    assert len(commands) == 11
     for command in commands:
         main(shlex.split(command)[1:])
     for python in re.findall(r"```python\n(from transformers.*?)```", README, flags=re.DOTALL):
         exec(compile(python, "README.md", "exec"), {})
     tour = json.loads((tmp_path / "runs/tour/summary.json").read_text())
     assert tour["command"] == "evaluate" and tour["perplexity"] < 200
+    skipping = json.loads((tmp_path / "runs/tour-skipping/summary.json").read_text())
+    assert 0 < skipping["skipped"]["all"] < 0.5
     plans = [json.loads((tmp_path / f"runs/{name}/plan.json").read_text())["keep"] for name in ("tour", "tour-plan")]
     assert plans[0] == plans[1]
 

@@ -52,6 +52,7 @@ def compare(
     asked = asked_model(trainer, model) | asked_data(data)
     measured = asked_data(validation)
     asked |= {f"data.val_{name}": measured[f"data.{name}"] for name in ("path", "samples", "content")}
+    asked |= {"data.batch_size": data.batch_size}  # no matter to a criterion, but to a search
     run = RunFolder(out, "compare", asked, overwrite)
     data.setup("predict")
     validation.setup("validate")
