@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from lightning_moe.cli.request import model_path
-from lightning_moe.cli.search import importance_scores, run_search
+from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
 from lightning_moe.criteria import Criterion, criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe
@@ -108,6 +110,8 @@ class Method:
     """``ratio`` is None unless the method is ``per_ratio``."""
     seeded: bool = False
     """Whether another seed gives another result."""
+    settings: str = ""
+    """Stands for whatever else decides the result; part of ``key``."""
     needs_text: bool = False
     """Whether it works on the text itself; otherwise statistics of it will do."""
     per_ratio: bool = False
@@ -119,7 +123,12 @@ class Method:
 
     def key(self, ratio: float, seed: int | None) -> str:
         """The name of one result, fit for a file: equal keys are the same work."""
-        words = [self.file_name, *([repr(ratio)] if self.per_ratio else []), *([f"seed{seed}"] if self.seeded else [])]
+        words = [
+            self.file_name,
+            *([self.settings] if self.settings else []),
+            *([repr(ratio)] if self.per_ratio else []),
+            *([f"seed{seed}"] if self.seeded else []),
+        ]
         return "-".join(words)
 
     def run(self, job: Job, ratio: float, seed: int | None, folder: Path) -> ExpertScores:
@@ -141,7 +150,15 @@ def _of_preset(preset_name: str) -> Method:
         module = run_search(job.trainer, job.model, job.data, PRESETS[preset_name], seed, folder)
         return importance_scores(module, model_id(model_path(job.model)), job.data.text.fingerprint, name)
 
-    return Method(name, f"Gradient search (DiEP), preset {preset_name}.", scores, seeded=True, needs_text=True)
+    arguments = SearchRequest(0.5, preset=preset_name).arguments
+    return Method(
+        name,
+        f"Gradient search (DiEP), preset {preset_name}.",
+        scores,
+        seeded=True,
+        settings=hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8],
+        needs_text=True,
+    )
 
 
 def methods() -> list[Method]:

@@ -28,7 +28,7 @@ from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.merging import merge_groups
 from lightning_moe.pruning.plan import PruningPlan, load_plan
 from lightning_moe.pruning.scores import ExpertScores, load_scores, score_experts, write_scores
-from lightning_moe.stats.similarity import similarity
+from lightning_moe.stats.similarity import measured_pairs, similarity
 from lightning_moe.stats.store import ModelStats
 
 
@@ -111,11 +111,13 @@ def prune(
         elif scores_file is not None:
             if cut.direction is not None:
                 raise InputError(f"--direction {cut.direction}: the scores have theirs already; leave it out.")
-            scores = [load_scores(Path(scores_file), cut.method, shapes, identity)]
+            # The default says nothing of what is wanted; any other name does.
+            wanted = None if cut.method == Cut.method else cut.method
+            scores = [load_scores(Path(scores_file), wanted, shapes, identity)]
             wanted_entry(path, None, skipping)  # refused before any work
             source = {"scores": scores[0].fingerprint}
         else:
-            source = asked_data(data) | (batch if method.needs_text else {})
+            source = asked_data(data) | (batch | {"search": method.settings} if method.needs_text else {})
         asked = cut.asked() | source | ({"merge": True} if merge else {})
     if merge or (plan is not None and plan.merge):
         check_mergeable(path)
@@ -138,7 +140,10 @@ def prune(
     if plan is None:
         plan = make_plan(scores[0], cut.ratio, cut.scope, cut.floor)
         if merge and stats is not None:
-            plan = replace(plan, merge=merge_groups(plan.keep, {s.shape.name: similarity(s) for s in stats.layers}))
+            alike = {s.shape.name: similarity(s).masked_fill(~measured_pairs(s), -1.0) for s in stats.layers}
+            plan = replace(plan, merge=merge_groups(plan.keep, alike))
+            if not plan.merge:
+                raise InputError("--merge: no two experts were seen on the same tokens, so none is known to be alike.")
     if not trainer.is_global_zero:
         return None
     if scores and cut.scope == "global" and not scores[0].comparable:

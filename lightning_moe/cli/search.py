@@ -19,6 +19,7 @@ from lightning_moe.callbacks.importance_figures import ImportanceFigures
 from lightning_moe.cli.request import asked_data, asked_model, model_path, refuse_less_text, seed
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.files import write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -114,6 +115,8 @@ def run_search(
     ``seed`` orders the windows. The trainer's own loop is put back afterwards, so it can do other work.
     """
     refuse_less_text(trainer, "limit_train_batches")
+    if trainer.max_steps != -1:
+        raise InputError(f"--trainer.max_steps {trainer.max_steps}: the length of a search is --updates; leave it out.")
     calibration = data.calibration(shuffle_seed=seed)
     calibration.setup("fit")
     model.configure_model()
@@ -121,6 +124,7 @@ def run_search(
     module = DiEPSearch(model, seed=seed, **arguments)
     saves = ModelCheckpoint(folder, "search-{step}", every_n_train_steps=SAVE_EVERY, save_top_k=1, monitor=None)
     kept_callbacks, kept_loop = trainer.callbacks, trainer.fit_loop  # type: ignore[attr-defined]
+    kept_interval, trainer.log_every_n_steps = trainer.log_every_n_steps, 1  # type: ignore[attr-defined]
     trainer.callbacks = [*kept_callbacks, *callbacks, saves]  # type: ignore[attr-defined]
     batches = len(calibration.text) // (calibration.batch_size * trainer.world_size)
     epochs = -(-module.updates * module.accumulate // max(batches, 1))
@@ -137,6 +141,7 @@ def run_search(
                 callback.on_train_end(trainer, module)
     finally:
         trainer.callbacks, trainer.fit_loop = kept_callbacks, kept_loop  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = kept_interval  # type: ignore[attr-defined]
         trainer.should_stop = False
     return module
 

@@ -16,7 +16,8 @@ def merge_groups(
     """Join each dropped expert to the kept one of its layer that it is most like (DiEP, App. A.5).
 
     ``similarity`` is ``(E, E)`` per layer. The weights of a group are the softmax of its members' similarity with the
-    kept one, whose similarity with itself is 1. Of equally similar ones the lower id is taken.
+    kept one, whose similarity with itself is 1. Of equally similar ones the lower id is taken. A negative similarity
+    says that the pair was never seen together; an expert that was seen with no kept one joins none.
 
     Returns layer -> kept expert -> expert -> weight, by id, for those that others join.
     """
@@ -26,7 +27,9 @@ def merge_groups(
         members: dict[int, list[int]] = {expert: [] for expert in sorted(kept)}
         for expert in range(len(alike_EE)):
             if expert not in members:
-                members[_most_alike(members, alike_EE[expert])].append(expert)
+                nearest = _most_alike(members, alike_EE[expert])
+                if alike_EE[expert][nearest] >= 0:
+                    members[nearest].append(expert)
         groups = {expert: _weights(expert, joined, alike_EE) for expert, joined in members.items() if joined}
         if groups:
             merge[name] = groups

@@ -76,8 +76,8 @@ def score_experts(stats: ModelStats, method: str, direction: Direction | None = 
     )
 
 
-def load_scores(file: Path, method: str, shapes: Sequence[LayerShape], model_id: str) -> ExpertScores:
-    """Read the scores of one method; of a file that holds just one, as a search writes, that one.
+def load_scores(file: Path, method: str | None, shapes: Sequence[LayerShape], model_id: str) -> ExpertScores:
+    """Read the scores of one method; with none named, those of reap-sum or else the first in the file.
 
     ``file`` may be the run folder that holds it. Raises ``InputError`` for what is not there or of another model.
     """
@@ -94,9 +94,11 @@ def load_scores(file: Path, method: str, shapes: Sequence[LayerShape], model_id:
         raise InputError(f"--scores {file}: version {version}, this program reads {VERSION}.")
     if not same_model(made_for, model_id):
         raise InputError(f"--scores {file}: made for model {made_for}, this is {model_id}; score this model first.")
-    chosen = found.get(method) or (next(iter(found.values())) if len(found) == 1 else None)
-    if chosen is None:
-        raise InputError(f"--scores {file}: no scores of {method} in it; it has {', '.join(found)}.")
+    if method is None:
+        method = "reap-sum" if "reap-sum" in found else next(iter(found), "any method")
+    if method not in found:
+        raise InputError(f"--scores {file}: no scores of {method} in it; it has {', '.join(found) or 'none'}.")
+    chosen = found[method]
     scores = ExpertScores.from_json(chosen, shapes, made_for, fingerprint)
     for shape in shapes:
         have = len(scores.scores.get(shape.name, ()))

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import Batch, MoECausalLM, next_token_loss
+from lightning_moe.moe.experts import expert_hooks
 from lightning_moe.moe.layers import MoELayer
 from lightning_moe.moe.routing import Routing, record_routing
 from lightning_moe.pruning.budget import make_plan
@@ -57,7 +58,7 @@ class DiEPSearch(LightningModule):
         learn_alpha: False keeps all experts of a layer alike.
         betas: ``learned``; ``fixed`` at 1; or a fixed profile, see ``beta_profile``.
         score: What alpha and beta say of an expert.
-        updates: Length of the search.
+        updates: Length of the search; the `max_steps` of its Trainer.
         accumulate: Batches per update.
         seed: Of a random profile.
         ratio: Fraction of the experts that ``kept_experts`` leaves out; it changes nothing of what is learned.
@@ -98,6 +99,8 @@ class DiEPSearch(LightningModule):
         self.ratio, self.floor = ratio, floor
         if not learn_alpha and betas != "learned":
             raise InputError("the search has nothing to learn: alpha is fixed, and so is beta.")
+        if task == "none" and not weight and not pressure:
+            raise InputError("the search has nothing to minimise: task is none, weight and pressure are 0.")
         for name in ("updates", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: at least 1.")
@@ -175,16 +178,18 @@ class DiEPSearch(LightningModule):
             student = self._run(batch, with_logits=True)
             losses = self._losses(student, teacher, batch)
             loss = losses["task"] + self.weight * losses["reconstruction"] + self.pressure * losses["mean_gate"]
-            if not bool(loss.isfinite()):
-                raise InputError(
-                    f"the search's loss is {float(loss)} after {self.done} updates; lower its lr {self.lr}."
-                )
             self.manual_backward(loss / self.accumulate)
         self.log_dict({f"search/{name}": value.detach() for name, value in losses.items()})
         self.log("search/loss", loss.detach(), prog_bar=True)
         self._batches += 1
         if self._batches % self.accumulate == 0:
             self._update()
+            # Not the loss, which is each rank's own: all ranks must stop, or none, lest one waits for the others.
+            if not all(bool(parameter.isfinite().all()) for parameter in self.importance.parameters()):
+                raise InputError(
+                    f"the search's loss is {float(loss)} after {self.done} updates, alpha and beta no longer finite; "
+                    f"lower its lr {self.lr}."
+                )
 
     def _run(self, batch: Batch, with_logits: bool) -> Views:
         """One forward; without logits the output head, a large part of a small model, is spared."""
@@ -200,6 +205,9 @@ class DiEPSearch(LightningModule):
         if not (wants_logits or self.weight or self.score == "frequency"):
             return {}
         with torch.no_grad(), ExitStack() as contexts:
+            # Through the same experts function as the student: in bfloat16 two kernels round apart, and the distance
+            # would start as noise.
+            contexts.enter_context(expert_hooks(self.model.network, self.moe_layers, {}))
             if self.score == "frequency":
                 contexts.enter_context(record_routing(self.moe_layers, self._count(batch["attention_mask"].flatten())))
             return self._run(batch, wants_logits)

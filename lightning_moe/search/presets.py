@@ -7,20 +7,26 @@ from typing import Any
 
 from lightning_moe.errors import InputError
 
+PAPER: dict[str, Any] = {
+    "relaxation": "literal",
+    "relative": False,
+    "weight": 0.01,
+    "pressure": 0.0,
+    "lr": 5e-3,
+    "min_lr_ratio": 0.0,
+    "score": "raw",
+    "updates": 80,
+}
+"""DiEP as printed: Eq. 5-7, 10. 80 updates are its 10 epochs of 128 windows with ``--data.samples 128`` and
+``--data.batch_size 16``. Optimiser and start are not stated."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # DiEP as printed: Eq. 5-7, 10; 10 epochs of 128 windows in batches of 16. Optimiser and start are not stated.
-    "paper": {
-        "relaxation": "literal",
-        "relative": False,
-        "weight": 0.01,
-        "pressure": 0.0,
-        "lr": 5e-3,
-        "min_lr_ratio": 0.0,
-        "score": "raw",
-        "updates": 80,
-    },
-    # The paper's ablation, on our relaxation.
+    "paper": PAPER,
+    # The same with the score that does not change its order when beta turns negative.
+    "paper-gate": PAPER | {"score": "gate"},
+    # The paper's ablation, on our relaxation. The pressure moves betas alone, since the alphas of a layer always share
+    # out the same sum; so where beta is not learned there is no pressure.
     "alpha": {"betas": "fixed"},
     "beta-frequency": {"learn_alpha": False, "score": "frequency"},
     "1:2": {"betas": "1:2"},

@@ -36,6 +36,11 @@ def similarity(stats: LayerStats) -> Tensor:
     return _cka(stats).fill_diagonal_(1.0)
 
 
+def measured_pairs(stats: LayerStats) -> Tensor:
+    """Which pairs shared enough tokens for their CKA to be known, ``(E, E)`` bool; an expert with itself did."""
+    return ((stats.own_hsic_EE * stats.own_hsic_EE.T) > 0).fill_diagonal_(True)
+
+
 def gamma2(stats: LayerStats) -> Tensor:
     """CKA of each pair over the mean of the layer's pairs, ``(E, E)``; 1 on the diagonal (DiEP, eq. 12)."""
     cka_EE, num_experts = _cka(stats), stats.hsic_EE.shape[0]

@@ -23,6 +23,13 @@ def scored(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+def only_ean(scored: Path, folder: Path) -> Path:
+    value = read(scored / "scores.json")
+    value["methods"] = {"ean": value["methods"]["ean"]}
+    (folder / "ean.json").write_text(json.dumps(value))
+    return folder / "ean.json"
+
+
 def prune(run: Commands, checkpoint: Path, *more: object) -> str:
     result = run("prune", *QUIET, "--model.path", checkpoint, *more)
     return "" if result.code == 0 else result.err
@@ -65,7 +72,7 @@ def test_a_file_of_one_method_needs_no_name(run: Commands, checkpoint: Path, sco
     [
         ({"model_id": "other@000000000000"}, "made for model other@000000000000"),
         ({"version": 9}, "version 9"),
-        ({"methods": {}}, "no scores of reap-sum"),
+        ({"methods": {}}, "no scores of any method"),
     ],
 )
 def test_foreign_scores_are_refused_in_one_line(
@@ -82,5 +89,6 @@ def test_what_scores_cannot_do_is_refused(run: Commands, checkpoint: Path, score
     assert "merging needs statistics" in prune(run, checkpoint, "--scores", scored, "--merge", "true", *out)
     assert "--direction max" in prune(run, checkpoint, "--scores", scored, "--direction", "max", *out)
     assert "given: --stats and --scores" in prune(run, checkpoint, "--scores", scored, "--stats", scored, *out)
+    assert "no scores of man" in prune(run, checkpoint, "--scores", only_ean(scored, tmp_path), "--method", "man", *out)
     assert "no such file" in prune(run, checkpoint, "--scores", tmp_path / "none", *out)
     assert not (tmp_path / "out").exists()

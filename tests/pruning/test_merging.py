@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,9 +53,11 @@ def test_of_equals_the_lower_id() -> None:
     assert list(groups[2].values()) == pytest.approx([1 / 6] * 6)
 
 
-def test_what_is_not_alike_at_all_weighs_nothing() -> None:
-    alike_EE = torch.full((4, 4), -math.inf).fill_diagonal_(1.0)
-    assert merge_groups({LAYER: [1, 2]}, {LAYER: alike_EE}) == {LAYER: {1: {0: 0.0, 1: 1.0, 3: 0.0}}}
+def test_an_expert_seen_with_no_kept_one_joins_none() -> None:
+    alike_EE = torch.full((4, 4), -1.0).fill_diagonal_(1.0)
+    assert merge_groups({LAYER: [1, 2]}, {LAYER: alike_EE}) == {}
+    alike_EE[0, 2] = alike_EE[2, 0] = 0.0
+    assert list(merge_groups({LAYER: [1, 2]}, {LAYER: alike_EE})[LAYER]) == [2]
 
 
 def test_a_whole_layer_has_no_groups() -> None:

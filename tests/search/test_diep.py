@@ -295,11 +295,9 @@ def test_pressure_is_what_frees_the_gates() -> None:
     assert gates[-1] < free.logged[-1]["search/mean_gate"]
 
 
-def test_with_nothing_to_minimise_nothing_moves() -> None:
-    for optimizer in ("sgd", "adam"):
-        search = search_in(tiny_model("mixtral"), updates=5, pressure=0.0, optimizer=optimizer, **PRESSED)
-        fit(search, batches(1))
-        assert_same(learned(search), [torch.zeros(8), torch.zeros(8), torch.ones(2)])
+def test_nothing_to_minimise_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing to minimise"):
+        search_in(tiny_model("mixtral"), updates=5, pressure=0.0, **PRESSED)
 
 
 def test_distance_alone_is_flat_at_the_start() -> None:
@@ -321,7 +319,7 @@ def test_no_teacher_where_none_is_needed(arguments: dict[str, Any], forwards: in
 
 def test_a_search_that_diverges_says_so() -> None:
     search = search_in(tiny_model("mixtral"), updates=20, lr=1e38, pressure=100.0, learn_alpha=False)
-    with pytest.raises(InputError, match=r"loss is \S+ after [1-9]\d* updates; lower its lr 1e\+38"):
+    with pytest.raises(InputError, match=r"loss is \S+ after [1-9]\d* updates.*; lower its lr 1e\+38"):
         fit(search, batches(1))
 
 
