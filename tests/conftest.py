@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import transformers
 from hypothesis import settings
 
@@ -16,3 +19,13 @@ transformers.logging.disable_progress_bar()
 
 settings.register_profile("laws", deadline=None, derandomize=True, database=None)  # the same examples every time
 settings.load_profile("laws")
+
+
+@pytest.fixture(autouse=True)
+def _own_remote_code() -> Iterator[None]:
+    """The package of remote code stays with the folder it was first imported from; the next test may have another."""
+    path = list(sys.path)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+    sys.path[:] = path
