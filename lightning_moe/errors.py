@@ -1,11 +1,22 @@
 """The one exception that means: the caller's input is wrong, and this line says how to mend it."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input. The message is one line: what is wrong, the numbers, the remedy.
 
     The commands print it on stderr and leave with exit code 2; anything else is a defect and keeps its traceback.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence, after a space, with the known name nearest to a misspelt one; empty when none is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -25,8 +25,9 @@ from lightning_moe.errors import InputError, describe
 from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
+from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.pruned_size import pruned_size
-from lightning_moe.pruning.budget import make_plan
+from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.scores import ExpertScores
 from lightning_moe.report.comparison import FULL, spreads, write_csv
 from lightning_moe.report.comparison_table import show_comparison
@@ -44,8 +45,7 @@ def compare(
     Each finished cell is a file at once. Cells that are there already are not computed again, whatever else the
     grid held when they were; failed ones are tried again.
     """
-    path = model_path(model)
-    layer_shapes(path)
+    shapes = layer_shapes(model_path(model))
     for option in ("limit_predict_batches", "limit_val_batches"):
         refuse_less_text(trainer, option)
     validation = data.validation()
@@ -60,7 +60,7 @@ def compare(
     if data.val_path is None:
         say.print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
     # Asked again to overwrite after a kill, it goes on with what it has begun to write.
-    comparison = Comparison(trainer, model, data, validation, run, anew=overwrite and not run.begun)
+    comparison = Comparison(trainer, model, shapes, data, validation, run, anew=overwrite and not run.begun)
     origin = {"model_id": asked["model_id"], "data_fingerprint": data.text.fingerprint}
     origin["validation_fingerprint"] = validation.text.fingerprint
     try:
@@ -112,14 +112,14 @@ class Comparison:
         self,
         trainer: Trainer,
         model: MoECausalLM,
+        shapes: Sequence[LayerShape],
         data: TextDataModule,
         validation: TextDataModule,
         run: RunFolder,
         anew: bool,
     ) -> None:
         self.trainer, self.data, self.validation, self.run = trainer, data, validation, run
-        self.path, self.model_id = model_path(model), run.request["model_id"]
-        self.shapes = layer_shapes(self.path)
+        self.path, self.shapes = model_path(model), shapes
         self.job = Job(trainer, model, data, self._observed)
         self._anew = anew
         writes = trainer.is_global_zero
@@ -191,9 +191,7 @@ class Comparison:
         return next((one for one in reasons if one is not None), None)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
-        # An impossible ratio fails before the method is run: equal scores need the same counts.
-        blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in self.shapes}
-        make_plan(ExpertScores(self.model_id, "", cell.method.name, self.shapes, blank), cell.ratio, cell.scope)
+        check_ratio(self.shapes, cell.ratio, cell.scope)  # an impossible one fails before the method is run
         scores, seconds = self._scored(cell)
         plan = make_plan(scores, cell.ratio, cell.scope)
         figures = {"method_seconds": seconds, "comparable": scores.comparable, "made_by": plan.made_by}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from lightning_moe.cli.methods import Method, get_method
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.pruning.budget import Scope
 
 
@@ -74,7 +73,5 @@ def _named(name: str) -> Method:
 def _scope(name: str) -> Scope:
     scopes = get_args(Scope)
     if name not in scopes:
-        near = difflib.get_close_matches(name.lower(), scopes, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"--scopes: Unknown scope '{name}'.{hint} Known: {', '.join(scopes)}.")
+        raise InputError(f"--scopes: Unknown scope '{name}'.{did_you_mean(name, scopes)} Known: {', '.join(scopes)}.")
     return cast(Scope, name)

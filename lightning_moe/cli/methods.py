@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -18,7 +17,7 @@ from lightning_moe.cli.request import model_path
 from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
 from lightning_moe.criteria import Criterion, criteria
 from lightning_moe.data.datamodule import TextDataModule
-from lightning_moe.errors import InputError, describe
+from lightning_moe.errors import InputError, describe, did_you_mean
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import model_id
 from lightning_moe.moe.surgery import keep_experts
@@ -170,7 +169,5 @@ def get_method(name: str) -> Method:
     """Look up a method; an unknown name is refused with the nearest known one."""
     known = {method.name: method for method in methods()}
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"Unknown method '{name}'.{hint} Known: {', '.join(sorted(known))}.")
+        raise InputError(f"Unknown method '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
     return known[name]

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_moe.cli.methods import Job, get_method
-from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, seed
+from lightning_moe.cli.request import asked_batches, asked_data, asked_model, checkpoint_size, model_path, seed
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import known_stats, observe
 from lightning_moe.cli.skipping import Skipping, wanted_entry
@@ -24,7 +23,7 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, resolve
 from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
-from lightning_moe.pruning.budget import Scope, make_plan
+from lightning_moe.pruning.budget import Scope, check_ratio, make_plan
 from lightning_moe.pruning.merging import merge_groups
 from lightning_moe.pruning.plan import PruningPlan, load_plan
 from lightning_moe.pruning.scores import ExpertScores, load_scores, score_experts, write_scores
@@ -80,7 +79,6 @@ def prune(
         raise InputError(f"--stats {stats_file}: {cut.method} searches on the text itself; give --data.path instead.")
     shapes, asked_of = layer_shapes(path), asked_model(trainer, model)
     identity = asked_of["model_id"]
-    batch = {"data.batch_size": data.batch_size, "world_size": trainer.world_size}  # they change a search's result
     plan: PruningPlan | None = None
     stats: ModelStats | None = None
     scores: list[ExpertScores] = []
@@ -102,9 +100,7 @@ def prune(
         wanted_entry(path, None, skipping)  # refused before any work
         asked: dict[str, Any] = {"plan": plan.keep} | ({"merge": plan.merge} if plan.merge else {})
     else:
-        # An impossible ratio is refused before any work: equal scores need the same counts.
-        blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
-        make_plan(ExpertScores(identity, "", cut.method, shapes, blank), cut.ratio, cut.scope, cut.floor)
+        check_ratio(shapes, cut.ratio, cut.scope, cut.floor)  # an impossible one is refused before any work
         if stats_file is not None:
             stats = known_stats(stats_file, identity, shapes)
             source: dict[str, Any] = {"stats": stats.data_fingerprint}
@@ -117,7 +113,9 @@ def prune(
             wanted_entry(path, None, skipping)  # refused before any work
             source = {"scores": scores[0].fingerprint}
         else:
-            source = asked_data(data) | (batch | {"search": method.settings} if method.needs_text else {})
+            source = asked_data(data)
+            if method.needs_text:
+                source |= asked_batches(trainer, data) | {"search": method.settings}
         asked = cut.asked() | source | ({"merge": True} if merge else {})
     if merge or (plan is not None and plan.merge):
         check_mergeable(path)

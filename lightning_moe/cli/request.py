@@ -45,6 +45,11 @@ def asked_data(data: TextDataModule) -> dict[str, Any]:
     return places | {f"data.{name}": getattr(data, name) for name in names} | {"data.content": data.content_fingerprint}
 
 
+def asked_batches(trainer: Trainer, data: TextDataModule) -> dict[str, int]:
+    """How many windows make an update: what changes the result of a search, and of nothing else."""
+    return {"data.batch_size": data.batch_size, "world_size": trainer.world_size}
+
+
 def refuse_less_text(trainer: Trainer, option: str) -> None:
     """Raise ``InputError`` when a Trainer option would leave out text that the results speak of."""
     limit = getattr(trainer, option)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_moe.callbacks.importance_figures import ImportanceFigures
-from lightning_moe.cli.request import asked_data, asked_model, model_path, refuse_less_text, seed
+from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, refuse_less_text, seed
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
@@ -24,7 +23,7 @@ from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.files import write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
-from lightning_moe.pruning.budget import make_plan
+from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.scores import ExpertScores, write_scores
 from lightning_moe.search.diep import DiEPSearch
 from lightning_moe.search.plan_stability import PlanStability
@@ -62,13 +61,11 @@ def search(
     shapes = layer_shapes(model_path(model))
     asked_of = asked_model(trainer, model)
     DiEPSearch(model, **request.arguments)  # refuses what it cannot do, before anything is loaded
-    blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
-    make_plan(ExpertScores("", "", "diep", shapes, blank), request.ratio, "global", request.floor)
+    check_ratio(shapes, request.ratio, "global", request.floor)
     stability = PlanStability(request.check_every, request.patience)
-    batch = {"data.batch_size": data.batch_size, "world_size": trainer.world_size}  # here they do change results
     looks = {"check_every": request.check_every, "patience": request.patience}
     asked = request.arguments | looks | {"seed": seed()}
-    run = RunFolder(out, "search", asked_of | asked_data(data) | batch | asked, overwrite)
+    run = RunFolder(out, "search", asked_of | asked_data(data) | asked_batches(trainer, data) | asked, overwrite)
     if run.finished:
         return run.finished
     figures = ImportanceFigures(run.folder / "figures")

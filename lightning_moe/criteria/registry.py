@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.stats.layer_stats import LayerStats
 
 Direction = Literal["min", "max"]
@@ -112,9 +111,9 @@ def register_random(name: str) -> None:
 def get_criterion(name: str) -> Criterion:
     """Look up a criterion; an unknown name is refused with the nearest known one."""
     if name not in _CRITERIA:
-        near = difflib.get_close_matches(name.lower(), _CRITERIA, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"Unknown criterion '{name}'.{hint} Known: {', '.join(sorted(_CRITERIA))}.")
+        raise InputError(
+            f"Unknown criterion '{name}'.{did_you_mean(name, _CRITERIA)} Known: {', '.join(sorted(_CRITERIA))}."
+        )
     return _CRITERIA[name]
 
 

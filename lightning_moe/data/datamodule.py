@@ -103,6 +103,7 @@ class TextDataModule(LightningDataModule):
             shuffle_seed=self.shuffle_seed if shuffle_seed is None else shuffle_seed,
         )
         module.model_path = self.model_path
+        module._packed = self._packed  # text that both read is packed once
         return module
 
     def _windows(self, path: str | None, samples: int | Literal["all"] | None) -> PackedText:

@@ -102,7 +102,7 @@ def compact_checkpoint(
             write_model(loaded, beside)
         return
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
-    cuts = _find_cuts(files, by_index)
+    cuts = find_cuts(files, by_index)
     merged = {s.index: replace(cuts[s.index], groups=merge[s.name]) for s in shapes if s.name in merge}
     _check_types(files, merged)
     set_counts(model.config, {shape.index: len(by_index[shape.index][1]) for shape in shapes})
@@ -124,7 +124,7 @@ def _copy_companions(folder: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, _Cut]:
+def find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, _Cut]:
     """Find each MoE block on disk: where the per-expert tensors, or the stacks ``(E, ., .)``, of a layer lie."""
     cuts: dict[int, _Cut] = {}
     experts_seen: dict[int, set[int]] = {}
@@ -167,7 +167,7 @@ def _kept_tensors(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> Iterator[t
         for file in files:
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    cut = _cut_of(name, cuts)
+                    cut = cut_of(name, cuts)
                     if cut is None:
                         yield name, _finite(name, tensors.get_tensor(name))
                         continue
@@ -185,7 +185,7 @@ def _kept_tensors(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> Iterator[t
                         yield name.replace(expert.group(0), new), tensor
 
 
-def _cut_of(name: str, cuts: Mapping[int, _Cut]) -> _Cut | None:
+def cut_of(name: str, cuts: Mapping[int, _Cut]) -> _Cut | None:
     """The cut of the MoE block that a tensor belongs to, if any."""
     layer = LAYER.search(name)
     cut = cuts.get(int(layer.group(1))) if layer else None
@@ -213,14 +213,14 @@ def check_mergeable(source: str) -> None:
     files = weight_files(resolve(source))
     if files[0].suffix == ".safetensors":
         shapes = [layer.shape for layer in find_moe_layers(skeleton(source))]
-        _check_types(files, _find_cuts(files, {s.index: (s.num_experts, range(s.num_experts)) for s in shapes}))
+        _check_types(files, find_cuts(files, {s.index: (s.num_experts, range(s.num_experts)) for s in shapes}))
 
 
 def _check_types(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> None:
     for file in files if cuts else ():
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if _cut_of(name, cuts) is not None:
+                if cut_of(name, cuts) is not None:
                     part = tensors.get_slice(name)
                     if _of_experts(name, part.get_shape()):
                         check_averageable(name, part.get_dtype())

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from lightning_moe.moe.checkpoints import resolve, skeleton, weight_files
-from lightning_moe.moe.compaction import EXPERT, LAYER, _find_cuts
+from lightning_moe.moe.compaction import EXPERT, cut_of, find_cuts
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.surgery import keep_experts
 
@@ -28,7 +28,7 @@ def pruned_size(path: str, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
         itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.get_default_dtype().itemsize
         return {"parameters": parameters, "bytes": parameters * itemsize}
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
-    cuts = _find_cuts(files, by_index)
+    cuts = find_cuts(files, by_index)
     total = 0
     for file in files:
         with safe_open(file, "pt") as tensors:
@@ -36,9 +36,8 @@ def pruned_size(path: str, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
                 part = tensors.get_slice(name)
                 shape = list(part.get_shape())
                 size = (part[:0] if shape else tensors.get_tensor(name)).element_size()
-                layer, expert = LAYER.search(name), EXPERT.search(name)
-                cut = cuts.get(int(layer.group(1))) if layer else None
-                if layer is not None and cut is not None and layer.group(2) == cut.component and "shared" not in name:
+                cut, expert = cut_of(name, cuts), EXPERT.search(name)
+                if cut is not None:
                     if expert is not None:
                         size *= int(expert.group(1)) in cut.keep
                     elif cut.num_experts in shape:

@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
+
+import torch
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape
@@ -41,6 +44,15 @@ def make_plan(scores: ExpertScores, ratio: float, scope: Scope, floor: int | Non
         keep[shape.name] = [expert for expert in range(shape.num_experts) if expert not in dropped]
     made_by = {"method": scores.method, **scores.settings, "ratio": ratio, "scope": scope, "floor": floor}
     return PruningPlan(keep, scores.model_id, scores.data_fingerprint, made_by)
+
+
+def check_ratio(shapes: Sequence[LayerShape], ratio: float, scope: Scope, floor: int | None = None) -> None:
+    """Raise ``InputError``, as ``make_plan`` would, when no scores can give such a plan.
+
+    The counts to drop do not depend on the scores, so equal ones tell.
+    """
+    blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
+    make_plan(ExpertScores("", "", "", shapes, blank), ratio, scope, floor)
 
 
 def _slices(shape: LayerShape, scores: list[float]) -> list[tuple[float, list[int]]]:

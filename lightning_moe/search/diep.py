@@ -21,7 +21,7 @@ from lightning_moe.moe.layers import MoELayer
 from lightning_moe.moe.routing import Routing, record_routing
 from lightning_moe.pruning.budget import make_plan
 from lightning_moe.pruning.scores import ExpertScores
-from lightning_moe.search.importance import ImportanceLogits, beta_profile, parse_ratio
+from lightning_moe.search.importance import ImportanceLogits, beta_profile, layer_gates, parse_ratio
 from lightning_moe.search.objective import Target, head_inputs, kl_divergence, mean_gate, reconstruction
 from lightning_moe.search.relaxation import Relaxation, relaxed
 
@@ -264,9 +264,7 @@ class DiEPSearch(LightningModule):
                     for beta, count_E in zip(betas, counts, strict=True)
                 ]
             else:
-                values = [
-                    alpha_E.shape[0] * alpha_E.softmax(0) * beta for alpha_E, beta in zip(alphas, betas, strict=True)
-                ]
+                values = [layer_gates(alpha_E, beta) for alpha_E, beta in zip(alphas, betas, strict=True)]
         return {name: value_E.cpu() for name, value_E in zip(names, values, strict=True)}
 
     def kept_experts(self) -> dict[str, list[int]]:

@@ -33,9 +33,14 @@ class ImportanceLogits(nn.Module):
 
     def gates(self) -> list[Tensor]:
         """``E * softmax(alpha) * beta`` of each layer, ``(E,)``: 1 for every expert at the start."""
-        # As powers over their mean: E * softmax(0) is not quite 1 in float32 for 41, 47, 55 and more counts.
-        powers_L = [(alpha_E - alpha_E.detach().max()).exp() for alpha_E in self.alphas]
-        return [power_E / power_E.mean() * beta for power_E, beta in zip(powers_L, self.beta_L.unbind(), strict=True)]
+        return [layer_gates(alpha_E, beta) for alpha_E, beta in zip(self.alphas, self.beta_L.unbind(), strict=True)]
+
+
+def layer_gates(alpha_E: Tensor, beta: Tensor) -> Tensor:
+    """``E * softmax(alpha) * beta``, ``(E,)``, exactly ``beta`` where all alphas are equal."""
+    # As powers over their mean: E * softmax(0) is not quite 1 in float32 for 41, 47, 55 and more counts.
+    power_E = (alpha_E - alpha_E.detach().max()).exp()
+    return power_E / power_E.mean() * beta
 
 
 def beta_profile(profile: str, num_layers: int, seed: int) -> Tensor:

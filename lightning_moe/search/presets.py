@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, did_you_mean
 
 PAPER: dict[str, Any] = {
     "relaxation": "literal",
@@ -40,7 +39,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str) -> dict[str, Any]:
     """The arguments of a preset; an unknown name is refused with the nearest known one."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"--preset {name}: no such preset.{hint} Known: {', '.join(PRESETS)}.")
+        raise InputError(f"--preset {name}: no such preset.{did_you_mean(name, PRESETS)} Known: {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -38,7 +38,7 @@ def similarity(stats: LayerStats) -> Tensor:
 
 def measured_pairs(stats: LayerStats) -> Tensor:
     """Which pairs shared enough tokens for their CKA to be known, ``(E, E)`` bool; an expert with itself did."""
-    return ((stats.own_hsic_EE * stats.own_hsic_EE.T) > 0).fill_diagonal_(True)
+    return (_scale(stats) > 0).fill_diagonal_(True)
 
 
 def gamma2(stats: LayerStats) -> Tensor:
@@ -55,8 +55,13 @@ def skip_tables(layers: Sequence[LayerStats]) -> dict[int, SkipTable]:
 
 
 def _cka(stats: LayerStats) -> Tensor:
-    scale_EE = (stats.own_hsic_EE * stats.own_hsic_EE.T).sqrt()
+    scale_EE = _scale(stats)
     known_EE = scale_EE > 0
     cka_EE = (stats.hsic_EE / scale_EE.masked_fill(~known_EE, 1.0)).clamp(0.0, 1.0)
     mean = float(cka_EE[known_EE].mean()) if bool(known_EE.any()) else 1.0
     return cka_EE.masked_fill(~known_EE, mean)
+
+
+def _scale(stats: LayerStats) -> Tensor:
+    """What CKA divides by, ``(E, E)``: 0 for a pair that never shared enough tokens, and on the diagonal."""
+    return (stats.own_hsic_EE * stats.own_hsic_EE.T).sqrt()

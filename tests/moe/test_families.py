@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +26,7 @@ from lightning_moe.moe.surgery import keep_experts
 from tests.helpers import reference
 from tests.helpers.families import FAMILIES, HIDDEN, NUM_EXPERTS, TOP_K, tiny_batch, tiny_model
 from tests.helpers.plans import Keep, compose, fewest_plan, non_uniform_plan, uniform_plan
+from tests.helpers.without_us import run_without_us
 
 MOE_LAYERS: dict[str, list[int]] = {
     **{family: [0, 1] for family in FAMILIES},
@@ -614,19 +613,7 @@ def test_checkpoints_load_where_lightning_moe_is_not_installed(tmp_path: Path) -
                 tiny_batch()[:, :4], max_new_tokens=3, do_sample=False
             )
     save_file({"input_ids": tiny_batch()}, root / "input_ids.safetensors")
-    script = tmp_path / "without_us.py"
-    script.write_text(WITHOUT_US)
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HOME": str(tmp_path / "home"),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PATH": "/usr/bin:/bin",
-    }
-    ended = subprocess.run(
-        [sys.executable, "-I", str(script), str(root)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_without_us(WITHOUT_US, root, tmp_path)
     found = load_file(root / "logits.safetensors")
     assert_identical(found, expected)
 

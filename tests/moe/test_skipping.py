@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +34,7 @@ from lightning_moe.stats.observation import Observation
 from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.plans import fewest_plan, non_uniform_plan, uniform_plan
+from tests.helpers.without_us import run_without_us
 
 FOUR = ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"]
 ALL_THREE: dict[str, Any] = {"num_experts_per_tok": 3, "moe_k": 3, "moe_topk": 3}
@@ -381,19 +380,7 @@ def test_checkpoints_skip_where_lightning_moe_is_not_installed(tmp_path: Path) -
                 expected[f"{family}-{kind} False"] = logits_of(model)
                 counts[f"{family}-{kind} False"] = []
     save_file({"input_ids": tiny_batch()}, root / "input_ids.safetensors")
-    script = tmp_path / "without_us.py"
-    script.write_text(WITHOUT_US)
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HOME": str(tmp_path / "home"),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PATH": "/usr/bin:/bin",
-    }
-    ended = subprocess.run(
-        [sys.executable, "-I", str(script), str(root)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_without_us(WITHOUT_US, root, tmp_path)
     assert json.loads((root / "counts.json").read_text()) == counts
     found = load_file(root / "logits.safetensors")
     assert found.keys() == expected.keys()
