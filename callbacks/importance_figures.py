@@ -5,27 +5,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_moe.callbacks.figure_logging import log_figure, save_figure
 from lightning_moe.callbacks.importance_curve import ImportanceCurve
 from lightning_moe.errors import InputError
-from lightning_moe.files import replaced_file
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import make_plan
 from lightning_moe.pruning.scores import ExpertScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DPI = 120
 
 
 @runtime_checkable
@@ -118,11 +113,10 @@ class ImportanceFigures(Callback):
         if self.folder is not None:
             self.curve.save_table(self.folder / "importance.csv", keep)
             for name, figure in figures.items():
-                with replaced_file(self.folder / f"importance_{name}.png") as beside:
-                    figure.savefig(beside, format="png", dpi=DPI)
+                save_figure(self.folder / f"importance_{name}.png", figure)
         for logger in trainer.loggers:
             for name, figure in figures.items():
-                _log(logger, f"importance/{name}", figure, trainer.global_step)
+                log_figure(logger, f"importance/{name}", figure, trainer.global_step)
 
     def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # On all ranks, since sharded logits need them all.
@@ -175,17 +169,3 @@ def _checked(logits: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, tuple[
                 f"a beta of shape {tuple(beta.shape)}; expected (E,) and a scalar."
             )
     return logits
-
-
-def _log(logger: Logger, key: str, figure: Figure, step: int) -> None:
-    """Hand a figure to a logger that takes one, in the form that it takes."""
-    if hasattr(logger, "log_image"):
-        from PIL import Image
-
-        png = BytesIO()
-        figure.savefig(png, format="png", dpi=DPI)
-        logger.log_image(key=key, images=[np.array(Image.open(png).convert("RGB"))], step=step)
-        return
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_figure"):
-        experiment.add_figure(key, figure, global_step=step)

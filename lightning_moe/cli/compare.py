@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from rich.console import Console
 from lightning_moe.cli.grid import Cell
 from lightning_moe.cli.methods import Job
 from lightning_moe.cli.records import Records, without_stamp
-from lightning_moe.cli.request import asked_data, asked_model, model_path, refuse_less_text
+from lightning_moe.cli.request import (
+    asked_data,
+    asked_model,
+    asked_validation,
+    checkpoint_size,
+    model_path,
+    refuse_less_text,
+)
+from lightning_moe.cli.round_cells import derived_figures, figures_of_round
+from lightning_moe.cli.round_options import RoundOptions, train_in_float32
+from lightning_moe.cli.rounds import Rounds, RoundsRequest, as_moment
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import observe
 from lightning_moe.data.datamodule import TextDataModule
@@ -26,9 +36,11 @@ from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.layers import LayerShape
-from lightning_moe.moe.pruned_size import pruned_size
 from lightning_moe.pruning.budget import check_ratio, make_plan
+from lightning_moe.pruning.round_record import RoundRecord
+from lightning_moe.pruning.schedule import check_rounds
 from lightning_moe.pruning.scores import ExpertScores
+from lightning_moe.report.agreement import write_agreements
 from lightning_moe.report.comparison import FULL, spreads, write_csv
 from lightning_moe.report.comparison_table import show_comparison
 from lightning_moe.stats.store import ModelStats
@@ -38,7 +50,13 @@ OBSERVATION = "observation"
 
 
 def compare(
-    trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, grid: Sequence[Cell], overwrite: bool
+    trainer: Trainer,
+    model: MoECausalLM,
+    data: TextDataModule,
+    out: str,
+    grid: Sequence[Cell],
+    overwrite: bool,
+    options: RoundOptions | None = None,
 ) -> None:
     """Fill the grid, write compare.json and compare.csv, print the table; leave with code 1 when cells failed.
 
@@ -48,10 +66,17 @@ def compare(
     shapes = layer_shapes(model_path(model))
     for option in ("limit_predict_batches", "limit_val_batches"):
         refuse_less_text(trainer, option)
+    options = options or RoundOptions()
+    options.check()
+    for cell in grid:
+        if cell.schedule is not None and cell.method is not None:
+            check_rounds(shapes, cell.schedule, cell.scope)
+    if options.tokens:
+        train_in_float32(model)
+        refuse_less_text(trainer, "limit_train_batches")
     validation = data.validation()
     asked = asked_model(trainer, model) | asked_data(data)
-    measured = asked_data(validation)
-    asked |= {f"data.val_{name}": measured[f"data.{name}"] for name in ("path", "samples", "content")}
+    asked |= asked_validation(validation)
     asked |= {"data.batch_size": data.batch_size}  # no matter to a criterion, but to a search
     run = RunFolder(out, "compare", asked, overwrite)
     data.setup("predict")
@@ -60,7 +85,7 @@ def compare(
     if data.val_path is None:
         say.print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
     # Asked again to overwrite after a kill, it goes on with what it has begun to write.
-    comparison = Comparison(trainer, model, shapes, data, validation, run, anew=overwrite and not run.begun)
+    comparison = Comparison(trainer, model, shapes, data, validation, run, options, anew=overwrite and not run.begun)
     origin = {"model_id": asked["model_id"], "data_fingerprint": data.text.fingerprint}
     origin["validation_fingerprint"] = validation.text.fingerprint
     try:
@@ -76,6 +101,7 @@ def compare(
     if trainer.is_global_zero:
         entries = spreads(rows)
         write_csv(run.folder / "compare.csv", rows)
+        write_agreements(run.folder, rows)
         figures = {
             **origin,
             "finished": True,
@@ -116,6 +142,7 @@ class Comparison:
         data: TextDataModule,
         validation: TextDataModule,
         run: RunFolder,
+        options: RoundOptions,
         anew: bool,
     ) -> None:
         self.trainer, self.data, self.validation, self.run = trainer, data, validation, run
@@ -125,7 +152,11 @@ class Comparison:
         writes = trainer.is_global_zero
         self._cells = Records(run.folder / "cells", run.request, writes=writes, anew=anew)
         self._scores = Records(run.folder / "scores", run.request, writes=writes, anew=anew)
+        self._rounds = Records(run.folder / "rounds", run.request, writes=writes, anew=anew)
         self._failed_scores: dict[str, str] = {}
+        self._failed_rounds: dict[str, str] = {}
+        self._options = options
+        self._full: dict[str, Any] | None = None
         self.computed = 0
         """Cells computed, not found."""
 
@@ -151,7 +182,11 @@ class Comparison:
         rows = []
         for turn, cell in enumerate(grid, start=1):
             row = self._cells.get(cell.file_name)
-            if row is None or row["status"] != "done" or any(row[k] != v for k, v in cell.settings.items()):
+            if (
+                row is None
+                or row["status"] != "done"
+                or any(row.get(k, "one-shot") != v for k, v in cell.settings.items())
+            ):
                 row = self._computed(cell)
                 what = f"perplexity {row['perplexity']:.4g}" if row["status"] == "done" else f"failed: {row['reason']}"
                 say(f"{turn} of {len(grid)}: {cell.title}: {what}")
@@ -162,10 +197,12 @@ class Comparison:
         """The model as it is. What fails here would fail in every cell, so it is not caught."""
         row = self._cells.get(FULL)
         if row is None:
-            settings = {"method": FULL, "scope": None, "ratio": 0.0, "seed": None, "status": "done"}
+            settings = {"method": FULL, "strategy": "one-shot", "scope": None, "ratio": 0.0, "seed": None}
+            settings["status"] = "done"
             row = self._cells.put(FULL, settings | self._figures({}))
             self.computed += 1
             say(f"full model: perplexity {row['perplexity']:.4g}")
+        self._full = row
         return without_stamp(row)
 
     def _computed(self, cell: Cell) -> dict[str, Any]:
@@ -191,6 +228,9 @@ class Comparison:
         return next((one for one in reasons if one is not None), None)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
+        if cell.schedule is not None:
+            records = self._rounds_of(cell)
+            return figures_of_round(records, cell.ratio, self.path, self.shapes)
         check_ratio(self.shapes, cell.ratio, cell.scope)  # an impossible one fails before the method is run
         scores, seconds = self._scored(cell)
         plan = make_plan(scores, cell.ratio, cell.scope)
@@ -200,19 +240,51 @@ class Comparison:
     def _figures(self, keep: dict[str, list[int]]) -> dict[str, Any]:
         """What the model is worth with only these experts."""
         figures = measure(self.trainer, self.job.cut_model(keep), self.validation)
-        counts = {shape.name: len(keep.get(shape.name, range(shape.num_experts))) for shape in self.shapes}
-        return {
-            **figures,
-            "domain_mean": statistics.fmean(figures["domains"].values()),
-            "method_seconds": None,
-            **pruned_size(self.path, keep),
-            "experts": sum(counts.values()),
-            "kept_experts": counts,
-            "plan": keep,
-        }
+        return {**figures, "method_seconds": None} | derived_figures(figures, keep, self.path, self.shapes)
+
+    def _rounds_of(self, cell: Cell) -> list[RoundRecord]:
+        """The rounds that the cell is one moment of, made once for all cells that share them."""
+        record = self._rounds.get(cell.run_name)
+        if record is None:
+            if cell.run_name in self._failed_rounds:
+                raise InputError(self._failed_rounds[cell.run_name])
+            try:
+                records = self._run_rounds(cell)
+            except Exception as error:
+                self._failed_rounds[cell.run_name] = describe(error)
+                raise
+            record = self._rounds.put(cell.run_name, {"rounds": [asdict(one) for one in records]})
+        return [RoundRecord(**one) for one in record["rounds"]]
+
+    def _run_rounds(self, cell: Cell) -> list[RoundRecord]:
+        assert cell.schedule is not None
+        options = self._options
+        lr = options.lr_of(checkpoint_size(self.path)["parameters"])
+        request = RoundsRequest(
+            cell.method,
+            cell.scope,
+            cell.schedule,
+            options.recovery,
+            lr,
+            seed=cell.seed or 0,
+            tune_path=options.tune_path,
+        )
+        scores = None if cell.method is None else self._scored(cell)[0]
+        moment = None if self._full is None else as_moment(self._full)
+        folder = self.run.partial(rounds=cell.run_name, world_size=self.trainer.world_size)
+        model = self.job.whole_model_to_change()
+        identity = self.run.request["model_id"]
+        rounds = Rounds(
+            self.trainer, model, self.data, self.validation, request, self.shapes, identity, folder, (scores, moment)
+        )
+        records = rounds.run(lambda records: None)
+        if self.trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        return records
 
     def _scored(self, cell: Cell) -> tuple[ExpertScores, float]:
         """The scores of the cell's method and the seconds they took, made once for all cells that share them."""
+        assert cell.method is not None
         key = cell.method.key(cell.ratio, cell.seed)
         record = self._scores.get(key)
         if record is None:
@@ -223,6 +295,7 @@ class Comparison:
         return scores, record["seconds"]
 
     def _run_method(self, cell: Cell, key: str) -> dict[str, Any]:
+        assert cell.method is not None
         also = {"batch_size": self.data.batch_size, "world_size": self.trainer.world_size}
         folder = self.run.partial(method=key, **also)
         start, before = time.perf_counter(), self.job.preparation_seconds

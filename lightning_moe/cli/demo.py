@@ -13,8 +13,9 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from safetensors.torch import load_file
 
+from lightning_moe.cli.cut import Cut
 from lightning_moe.cli.display import show_perplexities
-from lightning_moe.cli.prune import Cut, prune
+from lightning_moe.cli.prune import prune
 from lightning_moe.cli.request import checkpoint_size
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import score

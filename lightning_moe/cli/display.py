@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-NOT_SHOWN = ("version", "command", "repeated", "versions", "request", "methods", "models")
+from lightning_moe.pruning.round_record import MOMENTS, RoundRecord
+
+NOT_SHOWN = ("version", "command", "repeated", "versions", "request", "methods", "models", "load")
 
 
 def show(out: str, results: Mapping[str, Any] | None) -> None:
@@ -50,6 +52,34 @@ def show_perplexities(models: Mapping[str, Mapping[str, Any]]) -> None:
     console = Console()
     for table in (quality, cost):
         console.print(table)
+
+
+def show_rounds(records: Sequence[RoundRecord], first: bool = True) -> None:
+    """Print a line a round: perplexity and load skew at its three moments. ``first`` prints the heading too."""
+    heading = (
+        "round",
+        "dropped",
+        "perplexity before",
+        "pruned",
+        "tuned",
+        "load cv before",
+        "pruned",
+        "tuned",
+        "tokens",
+    )
+    widths = (6, 8, 18, 9, 9, 15, 7, 7, 11)
+    console = Console(soft_wrap=True, highlight=False)
+    if first:
+        console.print(" ".join(word.rjust(width) for word, width in zip(heading, widths, strict=True)), style="bold")
+    for record in records:
+        perplexity = [_moment(record.perplexity.get(name, {}).get("all")) for name in MOMENTS]
+        load = [_moment(record.load.get(name, {}).get("mean", {}).get("cv")) for name in MOMENTS]
+        cells = (str(record.round), f"{record.ratio:.1%}", *perplexity, *load, f"{record.tokens:,}")
+        console.print(" ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+
+
+def _moment(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _readable(value: Any) -> str:

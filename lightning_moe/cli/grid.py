@@ -2,47 +2,106 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 from lightning_moe.cli.methods import Method, get_method
+from lightning_moe.cli.round_options import RoundOptions
 from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.pruning.budget import Scope
+from lightning_moe.pruning.schedule import RoundSchedule
+from lightning_moe.report.comparison import FULL
+
+MOST_ROUNDS = 16
+"""Equal rounds tried where none are asked for."""
+
+
+Strategy = Literal["one-shot", "iterative", "lottery", "one-shot-tuned"]
+"""One cut; rounds; rounds with tuning; one cut, then tuning on as many tokens as the lottery has had by then."""
+
+TUNED = "tuned"
+"""The strategy of the control that drops nothing and is tuned as the lottery is."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to prune the model."""
+    """One way to prune the model, or, without a method, to tune it."""
 
-    method: Method
+    method: Method | None
     scope: Scope
     ratio: float
     seed: int | None
-    """None where the method depends on none."""
+    """None where the result depends on none."""
+    strategy: str = "one-shot"
+    schedule: RoundSchedule | None = None
+    """Of the run that the cell is one moment of; None for one cut."""
+    recipe: str = ""
+    """Stands for the schedule and all that decides how it is carried out."""
+
+    @property
+    def method_name(self) -> str:
+        return FULL if self.method is None else self.method.name
 
     @property
     def settings(self) -> dict[str, Any]:
         """In plain values: cells with equal ones are the same work."""
-        return {"method": self.method.name, "scope": self.scope, "ratio": self.ratio, "seed": self.seed}
+        return {
+            "method": self.method_name,
+            "strategy": self.strategy,
+            "scope": None if self.method is None else self.scope,
+            "ratio": self.ratio,
+            "seed": self.seed,
+        } | ({"recipe": self.recipe} if self.recipe else {})
 
     @property
     def title(self) -> str:
         """For people."""
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"{self.method.name}, {self.scope}, {100 * self.ratio:g}%{seed}"
+        if self.method is None:
+            return f"full model tuned as at {100 * self.ratio:g}%{seed}"
+        strategy = "" if self.strategy == "one-shot" else f", {self.strategy}"
+        return f"{self.method.name}{strategy}, {self.scope}, {100 * self.ratio:g}%{seed}"
 
     @property
     def file_name(self) -> str:
-        seed = "" if self.seed is None else f"-seed{self.seed}"
-        return f"{self.method.file_name}-{self.scope}-{self.ratio!r}{seed}"
+        return f"{self._words}-{self.ratio!r}{self._seed_word}"
+
+    @property
+    def run_name(self) -> str:
+        """Of the rounds that the cell is one moment of: equal names are the same run."""
+        ratio = f"-{self.ratio!r}" if self.strategy == "one-shot-tuned" else ""
+        return f"{self._words}{ratio}{self._seed_word}-{self.recipe}"
+
+    @property
+    def _words(self) -> str:
+        if self.method is None:
+            return f"{FULL}-{self.strategy}"
+        strategy = "" if self.strategy == "one-shot" else f"-{self.strategy}"
+        return f"{self.method.file_name}{strategy}-{self.scope}"
+
+    @property
+    def _seed_word(self) -> str:
+        return "" if self.seed is None else f"-seed{self.seed}"
 
 
 def make_grid(
-    methods: Sequence[str], ratios: Sequence[float], scopes: Sequence[str], seeds: int, first_seed: int
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    scopes: Sequence[str],
+    seeds: int,
+    first_seed: int,
+    strategies: Sequence[str] = ("one-shot",),
+    options: RoundOptions | None = None,
 ) -> list[Cell]:
-    """Every method, with its seeds, at every ratio and scope; each once. Raises ``InputError`` for unknown names."""
-    for option, values in (("methods", methods), ("ratios", ratios), ("scopes", scopes)):
+    """Every method, with its seeds, by every strategy, at every ratio and scope; each once.
+
+    Strategies that tune bring a control: the full model, tuned as the lottery is. Raises ``InputError`` for unknown
+    names.
+    """
+    for option, values in (("methods", methods), ("ratios", ratios), ("scopes", scopes), ("strategies", strategies)):
         if not values:
             raise InputError(f"--{option}: give at least one.")
     if seeds < 1:
@@ -54,13 +113,74 @@ def make_grid(
             )
     chosen = [_named(name) for name in dict.fromkeys(methods)]
     known = [_scope(name) for name in dict.fromkeys(scopes)]
-    return [
-        Cell(method, scope, ratio, seed)
+    ratios = list(dict.fromkeys(ratios))
+    options = options or RoundOptions()
+    plans = {name: _schedules(name, ratios, options) for name in dict.fromkeys(map(_strategy, strategies))}
+    all_seeds = list(range(first_seed, first_seed + seeds))
+    cells = [
+        Cell(method, scope, ratio, seed, strategy, plan[ratio], _recipe(plan[ratio], options))
         for method in chosen
-        for seed in (range(first_seed, first_seed + seeds) if method.seeded else [None])
-        for ratio in dict.fromkeys(ratios)
+        for strategy, plan in plans.items()
+        for seed in (all_seeds if method.seeded or _tunes(strategy) else [None])
+        for ratio in ratios
         for scope in known
     ]
+    if any(_tunes(strategy) for strategy in plans):
+        plan = _schedules("lottery", ratios, options)
+        cells += [
+            Cell(None, "layer", ratio, seed, TUNED, plan[ratio], _recipe(plan[ratio], options))
+            for seed in all_seeds
+            for ratio in ratios
+        ]
+    return cells
+
+
+def _tunes(strategy: str) -> bool:
+    return strategy in ("lottery", "one-shot-tuned")
+
+
+def _schedules(strategy: str, ratios: Sequence[float], options: RoundOptions) -> dict[float, RoundSchedule | None]:
+    """The run that gives each ratio. One run passes through all of them, but for one cut, which needs one each."""
+    if strategy == "one-shot":
+        return dict.fromkeys(ratios)
+    if _tunes(strategy) and not options.tokens:
+        raise InputError(f"--strategies: {strategy} tunes; say on how many tokens first with --finetune_tokens.")
+    whole = _passing(ratios, options if _tunes(strategy) else replace(options, tokens=0))
+    if strategy == "one-shot-tuned":
+        return {ratio: RoundSchedule((ratio,), (sum(whole.up_to(ratio).tokens),)) for ratio in ratios}
+    return dict.fromkeys(ratios, whole)
+
+
+def _passing(ratios: Sequence[float], options: RoundOptions) -> RoundSchedule:
+    """The rounds asked for, if they pass through every ratio; with none asked, the fewest equal ones that do."""
+    counts = [options.rounds] if options.rounds != 1 else range(len(ratios), MOST_ROUNDS + 1)
+    for rounds in counts:
+        schedule = replace(options, rounds=rounds).schedule(max(ratios))
+        near = {ratio: min(schedule.ratios, key=lambda one: abs(one - ratio)) for ratio in ratios}
+        if all(abs(one - ratio) < 1e-6 for ratio, one in near.items()):
+            exact = {one: ratio for ratio, one in near.items()}
+            return RoundSchedule(tuple(exact.get(one, one) for one in schedule.ratios), schedule.tokens)
+    found = ", ".join(f"{one:.4g}" for one in schedule.ratios)
+    raise InputError(
+        f"--ratios {list(ratios)}: the rounds pass through {found}, not through each of these; give --rounds as a list "
+        "that holds them."
+    )
+
+
+def _recipe(schedule: RoundSchedule | None, options: RoundOptions) -> str:
+    if schedule is None:
+        return ""
+    made = {"schedule": [schedule.ratios, schedule.tokens]} | (options.asked() if any(schedule.tokens) else {})
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
+
+
+def _strategy(name: str) -> Strategy:
+    strategies = get_args(Strategy)
+    if name not in strategies:
+        raise InputError(
+            f"--strategies: Unknown strategy '{name}'.{did_you_mean(name, strategies)} Known: {', '.join(strategies)}."
+        )
+    return cast(Strategy, name)
 
 
 def _named(name: str) -> Method:

@@ -34,6 +34,7 @@ class Job:
         model: The model.
         data: The calibration text.
         observe: Makes, or finds, the statistics of the whole model on that text.
+        identity: What scores say they were made for; default is the id of the checkpoint.
     """
 
     def __init__(
@@ -42,14 +43,20 @@ class Job:
         model: MoECausalLM,
         data: TextDataModule,
         observe: Callable[[MoECausalLM], ModelStats],
+        identity: str | None = None,
     ) -> None:
         self.trainer, self.data = trainer, data
+        self._identity = identity
         self.preparation_seconds = 0.0
         """Spent on loading the model and on the statistics: work that methods share."""
         self._model, self._observe = model, observe
         self._cut = False
         self._stats: ModelStats | None = None
         self._failure: str | None = None
+
+    @property
+    def identity(self) -> str:
+        return self._identity or model_id(model_path(self._model))
 
     @property
     def model(self) -> MoECausalLM:
@@ -77,6 +84,12 @@ class Job:
         model = self.model
         self._cut = bool(keep)
         keep_experts(model.network, keep)
+        return model
+
+    def whole_model_to_change(self) -> MoECausalLM:
+        """The model with all its experts, loaded, to do with as one likes; whoever asks next gets another."""
+        model = self.model
+        self._cut = True
         return model
 
     def _whole(self) -> MoECausalLM:
@@ -147,7 +160,7 @@ def _of_preset(preset_name: str) -> Method:
 
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
         module = run_search(job.trainer, job.model, job.data, PRESETS[preset_name], seed, folder)
-        return importance_scores(module, model_id(model_path(job.model)), job.data.text.fingerprint, name)
+        return importance_scores(module, job.identity, job.data.text.fingerprint, name)
 
     arguments = SearchRequest(0.5, preset=preset_name).arguments
     return Method(

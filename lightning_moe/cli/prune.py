@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from rich.console import Console
 
+from lightning_moe.cli.cut import Cut, reduction
 from lightning_moe.cli.methods import Job, get_method
-from lightning_moe.cli.request import asked_batches, asked_data, asked_model, checkpoint_size, model_path, seed
+from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, seed
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import known_stats, observe
 from lightning_moe.cli.skipping import Skipping, wanted_entry
-from lightning_moe.criteria import Direction, criteria, get_criterion
+from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, resolve
 from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
-from lightning_moe.moe.layers import LayerShape
-from lightning_moe.pruning.budget import Scope, check_ratio, make_plan
+from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.merging import merge_groups
 from lightning_moe.pruning.plan import PruningPlan, load_plan
 from lightning_moe.pruning.scores import ExpertScores, load_scores, score_experts, write_scores
 from lightning_moe.stats.similarity import measured_pairs, similarity
 from lightning_moe.stats.store import ModelStats
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Which experts to drop: the options of ``prune`` that decide it."""
-
-    method: str = "reap-sum"
-    ratio: float = 0.5
-    scope: Scope = "layer"
-    direction: Direction | None = None
-    floor: int | None = None
-
-    def asked(self) -> dict[str, Any]:
-        method = get_method(self.method)
-        if method.needs_text and self.direction is not None:
-            raise InputError(f"--direction {self.direction}: {self.method} is a search, no criterion; leave it out.")
-        direction = None if method.needs_text else self.direction or get_criterion(self.method).direction
-        return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
 
 
 def prune(
@@ -162,23 +143,9 @@ def prune(
             "model_id": identity,
             "data_fingerprint": plan.data_fingerprint,
             **{name: plan.made_by.get(name) for name in ("method", "ratio", "scope", "direction")},
-            **_reduction(path, target, shapes, plan.keep),
+            **reduction(path, target, shapes, plan.keep),
             **({"merged": plan.num_merged} if plan.merge else {}),
             "save_seconds": round(time.perf_counter() - started, 3),
             "world_size": trainer.world_size,
         }
     )
-
-
-def _reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[str, list[int]]) -> dict[str, Any]:
-    before, after = checkpoint_size(path), checkpoint_size(str(target))
-    kept = {shape.name: len(keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
-    return {
-        "kept_experts": kept,
-        "uniform": len(set(kept.values())) == 1,
-        "experts_before": sum(shape.num_experts for shape in shapes),
-        "experts_after": sum(kept.values()),
-        "dropped_fraction": round(1 - sum(kept.values()) / sum(shape.num_experts for shape in shapes), 4),
-        **{f"{name}_before": value for name, value in before.items()},
-        **{f"{name}_after": value for name, value in after.items()},
-    }

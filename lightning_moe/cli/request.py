@@ -45,6 +45,12 @@ def asked_data(data: TextDataModule) -> dict[str, Any]:
     return places | {f"data.{name}": getattr(data, name) for name in names} | {"data.content": data.content_fingerprint}
 
 
+def asked_validation(validation: TextDataModule) -> dict[str, Any]:
+    """The text that results are measured on."""
+    measured = asked_data(validation)
+    return {f"data.val_{name}": measured[f"data.{name}"] for name in ("path", "samples", "content")}
+
+
 def asked_batches(trainer: Trainer, data: TextDataModule) -> dict[str, int]:
     """How many windows make an update: what changes the result of a search, and of nothing else."""
     return {"data.batch_size": data.batch_size, "world_size": trainer.world_size}

@@ -37,7 +37,8 @@ def score(
     path = model_path(model)
     layer_shapes(path)
     run = RunFolder(out, "score", asked_model(trainer, model) | asked_data(data) | {"seed": seed()}, overwrite)
-    if run.finished and _stored(run, run.finished["data_fingerprint"]) is not None:
+    asked, stored = run.request, run.folder / "stats.safetensors"
+    if run.finished and _stored(stored, asked["model_id"], asked["precision"], run.finished["data_fingerprint"]):
         return run.finished
     stats = observe(trainer, model, data, run, anew=overwrite)
     if not trainer.is_global_zero:
@@ -65,15 +66,30 @@ def observe(
 
     ``anew`` makes the pass in any case. A pass that was killed goes on from its last save.
     """
+    partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size, stats=VERSION)
+    identity, precision = run.request["model_id"], run.request["precision"]
+    return observe_into(trainer, model, data, run.folder / "stats.safetensors", partial, identity, precision, anew)
+
+
+def observe_into(
+    trainer: Trainer,
+    model: MoECausalLM,
+    data: TextDataModule,
+    file: Path,
+    partial: Path,
+    identity: str,
+    precision: str,
+    anew: bool = False,
+) -> ModelStats:
+    """The statistics in ``file``, or those of one pass, written there; ``partial`` is for the unfinished pass."""
     data.setup("predict")
     fingerprint = data.text.fingerprint
-    stored = _stored(run, fingerprint)
-    if stored is not None and not anew:
+    stored = None if anew else _stored(file, identity, precision, fingerprint)
+    if stored is not None:
         return stored
     refuse_less_text(trainer, "limit_predict_batches")
     model.configure_model()
     check_vocabulary(model, data)
-    partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size, stats=VERSION)
 
     def resume(batch: int) -> None:
         data.start_batch = batch
@@ -90,9 +106,9 @@ def observe(
         raise
     finally:
         trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
-    stats = ModelStats(run.request["model_id"], fingerprint, observation.layers, run.request["precision"])
+    stats = ModelStats(identity, fingerprint, observation.layers, precision)
     if trainer.is_global_zero:
-        stats.save(run.folder / "stats.safetensors")
+        stats.save(file)
     return stats
 
 
@@ -107,12 +123,10 @@ def known_stats(stats_file: str, identity: str, shapes: Sequence[LayerShape]) ->
     return stats
 
 
-def _stored(run: RunFolder, fingerprint: str) -> ModelStats | None:
-    """The statistics in the run folder, if they are of the requested model, in this precision, on this text."""
-    file = run.folder / "stats.safetensors"
+def _stored(file: Path, identity: str, precision: str, fingerprint: str) -> ModelStats | None:
+    """The statistics in a file, if they are of this model, in this precision, on this text."""
     if not file.is_file():
         return None
     stats = load_stats(file)
-    same = same_model(stats.model_id, run.request["model_id"])
-    wanted = (fingerprint, run.request["precision"])
-    return stats if same and (stats.data_fingerprint, stats.dtype) == wanted else None
+    same = same_model(stats.model_id, identity)
+    return stats if same and (stats.data_fingerprint, stats.dtype) == (fingerprint, precision) else None

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_moe.callbacks.importance_figures import ImportanceFigures
+from lightning_moe.cli.fitting import fit_steps
 from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, refuse_less_text, seed
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.step_saves import StepSaves
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
@@ -119,27 +118,8 @@ def run_search(
     model.configure_model()
     check_vocabulary(model, calibration)
     module = DiEPSearch(model, seed=seed, **arguments)
-    saves = ModelCheckpoint(folder, "search-{step}", every_n_train_steps=SAVE_EVERY, save_top_k=1, monitor=None)
-    kept_callbacks, kept_loop = trainer.callbacks, trainer.fit_loop  # type: ignore[attr-defined]
-    kept_interval, trainer.log_every_n_steps = trainer.log_every_n_steps, 1  # type: ignore[attr-defined]
-    trainer.callbacks = [*kept_callbacks, *callbacks, saves]  # type: ignore[attr-defined]
-    batches = len(calibration.text) // (calibration.batch_size * trainer.world_size)
-    epochs = -(-module.updates * module.accumulate // max(batches, 1))
-    trainer.fit_loop = type(kept_loop)(trainer, max_epochs=epochs)
-    trainer.fit_loop.epoch_loop = type(kept_loop.epoch_loop)(trainer, max_steps=module.updates)
-    trainer.should_stop = False
-    last = _last_save(folder)
-    if last is not None and trainer.is_global_zero:
-        print(f"Going on from update {_step(last)} of an earlier search.")
-    try:
-        trainer.fit(module, datamodule=calibration, ckpt_path=None if last is None else str(last))
-        if last is not None and _step(last) >= module.updates:
-            for callback in callbacks:  # with no update left, Lightning neither starts nor ends a training
-                callback.on_train_end(trainer, module)
-    finally:
-        trainer.callbacks, trainer.fit_loop = kept_callbacks, kept_loop  # type: ignore[attr-defined]
-        trainer.log_every_n_steps = kept_interval  # type: ignore[attr-defined]
-        trainer.should_stop = False
+    saves = StepSaves(folder, every_steps=SAVE_EVERY)
+    fit_steps(trainer, module, calibration, module.updates, module.accumulate, saves, "update", callbacks)
     return module
 
 
@@ -148,15 +128,3 @@ def importance_scores(module: DiEPSearch, model_id: str, fingerprint: str, metho
     settings = {"relaxation": module.relaxation, "score": module.score, "updates": module.done, "seed": module.seed}
     shapes = [layer.shape for layer in module.moe_layers]
     return ExpertScores(model_id, fingerprint, method, shapes, module.scores(), True, settings)
-
-
-def _last_save(folder: Path) -> Path | None:
-    """The newest save that is whole: Lightning moves each here from the system's own temporary folder, and where
-    that is another disk, a kill can leave half a file."""
-    return max((file for file in folder.glob("search-step=*.ckpt") if is_zipfile(file)), key=_step, default=None)
-
-
-def _step(file: Path) -> int:
-    number = re.search(r"step=(\d+)", file.name)
-    assert number is not None
-    return int(number[1])

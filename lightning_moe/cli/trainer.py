@@ -8,19 +8,28 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from lightning_moe.cli.compare import compare
+from lightning_moe.cli.cut import Cut
 from lightning_moe.cli.demo import demo
 from lightning_moe.cli.display import show
 from lightning_moe.cli.evaluate import evaluate
 from lightning_moe.cli.grid import make_grid
-from lightning_moe.cli.prune import Cut, prune
+from lightning_moe.cli.lottery import prune_in_rounds
+from lightning_moe.cli.prune import prune
+from lightning_moe.cli.recovery import Recovery
 from lightning_moe.cli.request import seed
+from lightning_moe.cli.round_options import RoundOptions
 from lightning_moe.cli.score import score
 from lightning_moe.cli.search import SearchRequest, search
 from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.pruning.schedule import Spacing
 from lightning_moe.search.diep import Score
 from lightning_moe.search.objective import Target
 from lightning_moe.search.relaxation import Relaxation
+
+NEXT_TOKEN = Recovery()
+"""Tuning as MC-Suite does it."""
 
 
 class MoETrainer(Trainer):
@@ -135,11 +144,20 @@ class MoETrainer(Trainer):
         plan: str | None = None,
         merge: bool = False,
         skipping: bool | Literal["naee"] | None = None,
+        rounds: int | Sequence[float] = 1,
+        spacing: Spacing = "equal",
+        finetune_tokens: int = 0,
+        finetune_growth: float = 2.0,
+        finetune_path: str | None = None,
+        finetune_lr: float | None = None,
+        recovery: Recovery = NEXT_TOKEN,
         overwrite: bool = False,
     ) -> None:
         """Drop the experts that matter least and write the smaller checkpoint.
 
-        Works from text (observes first), from the statistics or the scores of an earlier run, or from a plan.
+        Works from text (observes first), from the statistics or the scores of an earlier run, or from a plan. Several
+        rounds estimate anew on what the rounds before left; with --finetune_tokens the model is tuned after each
+        (MoE Lottery), and --data.val_path is what perplexity and load are measured on.
 
         Args:
             model: The model.
@@ -160,9 +178,27 @@ class MoETrainer(Trainer):
             skipping: Let the new model skip, token by token, experts that matter little beside the first: true for
                 the rule of DiEP, naee for that of NAEE; false never. Default: as the model pruned does. The tables
                 for it are stored in any case, unless the source is a plan and the model pruned has none.
+            rounds: How many rounds reach the ratio; or a list of the shares of experts gone after each.
+            spacing: Rounds of one size, or small ones first and last (cosine).
+            finetune_tokens: Tokens to tune on after the first round; 0 does not tune.
+            finetune_growth: The tokens of a round over those of the round before.
+            finetune_path: Text to tune on; default is the calibration text, all of it.
+            finetune_lr: Highest learning rate; default is 1e-6 at the size of Mixtral 8x7B and more for smaller models.
+            recovery: What that tuning is.
             overwrite: Replace the results of another request in that folder.
         """
         cut = Cut(method, ratio, scope, direction, floor)
+        options = RoundOptions(rounds, spacing, finetune_tokens, finetune_growth, finetune_path, finetune_lr, recovery)
+        if options.asked_for:
+            given = {"--stats": stats, "--scores": scores, "--plan": plan, "--merge": merge, "--skipping": skipping}
+            refused = [name for name, value in given.items() if value not in (None, False)]
+            if refused:
+                raise InputError(
+                    f"{', '.join(refused)}: not with rounds or tuning, which estimate on text; leave it out."
+                )
+            show(out, prune_in_rounds(self, model, datamodule, out, cut, options, overwrite))
+            return
+        options.check()
         show(out, prune(self, model, datamodule, out, cut, stats, scores, plan, overwrite, skipping, merge))
 
     def evaluate(
@@ -197,6 +233,14 @@ class MoETrainer(Trainer):
         ratios: Sequence[float] = (0.25, 0.5),
         scopes: Sequence[str] = ("layer", "global"),
         seeds: int = 3,
+        strategies: Sequence[str] = ("one-shot",),
+        rounds: int | Sequence[float] = 1,
+        spacing: Spacing = "equal",
+        finetune_tokens: int = 0,
+        finetune_growth: float = 2.0,
+        finetune_path: str | None = None,
+        finetune_lr: float | None = None,
+        recovery: Recovery = NEXT_TOKEN,
         overwrite: bool = False,
     ) -> None:
         """Prune the model by several methods and measure what each leaves of it.
@@ -212,10 +256,23 @@ class MoETrainer(Trainer):
             methods: Any of the methods of ``prune``.
             ratios: Fractions of the experts to drop.
             scopes: Drop the same number in each layer (layer), or the lowest of all layers (global).
-            seeds: How often to run a method that depends on a seed; the first seed is that of --seed_everything.
+            seeds: How often to run what depends on a seed, as all tuning does; the first is that of --seed_everything.
+            strategies: one-shot: one cut. iterative: rounds, estimating anew in each. lottery: rounds with tuning after
+                each. one-shot-tuned: one cut, tuned on as many tokens as the lottery has had by then. One run of rounds
+                to the highest ratio serves all ratios. With tuning, the full model is tuned likewise for comparison.
+            rounds: Rounds to the highest ratio, passing through all others, or a list of the shares of experts gone
+                after each; 1 takes the fewest equal ones that do.
+            spacing: Rounds of one size, or small ones first and last (cosine).
+            finetune_tokens: Tokens to tune on after the first round.
+            finetune_growth: The tokens of a round over those of the round before.
+            finetune_path: Text to tune on; default is the calibration text, all of it.
+            finetune_lr: Highest learning rate; default is 1e-6 at the size of Mixtral 8x7B and more for smaller models.
+            recovery: What that tuning is.
             overwrite: Replace the results of another request in that folder.
         """
-        compare(self, model, datamodule, out, make_grid(methods, ratios, scopes, seeds, seed()), overwrite)
+        options = RoundOptions(rounds, spacing, finetune_tokens, finetune_growth, finetune_path, finetune_lr, recovery)
+        grid = make_grid(methods, ratios, scopes, seeds, seed(), strategies, options)
+        compare(self, model, datamodule, out, grid, overwrite, options)
 
     def demo(
         self, model: MoECausalLM, datamodule: TextDataModule, out: str = "runs/demo", overwrite: bool = False

@@ -89,6 +89,14 @@ class TextDataModule(LightningDataModule):
         """A module of its own to train on the calibration windows: those that ``predict`` reads, not everything."""
         return self._alone(self.path, self.samples or DEFAULT_SAMPLES, shuffle_seed)
 
+    def training(self, path: str | None, tokens: int, shuffle_seed: int) -> TextDataModule:
+        """A module of its own to train on ``path``, or the text itself: windows for so many tokens, or all there are.
+
+        They are spread evenly over the text; a shorter text is gone through again and again.
+        """
+        length = self.text.tokens_NS.shape[1]
+        return self._alone(self.path if path is None else path, max(1, -(-tokens // length)), shuffle_seed)
+
     def _alone(
         self, path: str | None, samples: int | Literal["all"] | None, shuffle_seed: int | None = None
     ) -> TextDataModule:

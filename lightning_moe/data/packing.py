@@ -50,6 +50,7 @@ class PackedText(Dataset[dict[str, Tensor]]):
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.shape[0]) < length).long(),
             "domain": self.domain_N[index],
+            "window": torch.tensor(index),
         }
 
     @property

@@ -11,9 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
+from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.stats.usage import load_figures, mean_load
 
 
 class BatchTimer(Callback):
@@ -56,18 +58,20 @@ def check_vocabulary(model: MoECausalLM, data: TextDataModule) -> None:
 def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[str, Any]:
     """Run a validation loop and return its figures.
 
-    ``perplexity`` and ``loss`` over all predicted ``tokens``, ``domains`` (perplexity of each file) and this rank's
-    ``tokens_per_second``. Raises ``InputError`` when the perplexity is not finite.
+    ``perplexity`` and ``loss`` over all predicted ``tokens``, ``domains`` (perplexity of each file), the ``load`` of
+    the experts (its skew and ``counts`` layer by layer, and the ``mean`` over layers; see ``stats.usage``) and this
+    rank's ``tokens_per_second``. Raises ``InputError`` when the perplexity is not finite.
     """
     data.setup("validate")
     model.configure_model()
     check_vocabulary(model, data)
-    timer = BatchTimer()
-    trainer.callbacks.append(timer)  # type: ignore[attr-defined]
+    timer, monitor = BatchTimer(), ExpertUsageMonitor()
+    trainer.callbacks += [timer, monitor]  # type: ignore[attr-defined]
     try:
         trainer.validate(model, datamodule=data, verbose=False)
     finally:
-        trainer.callbacks.remove(timer)  # type: ignore[attr-defined]
+        for callback in (timer, monitor):
+            trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     prefix = "validate/perplexity"
     if not math.isfinite(logged[prefix]):
@@ -77,6 +81,8 @@ def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[
         "loss": logged["validate/loss"],
         "tokens": int(logged["validate/tokens"]),
         "domains": {name.removeprefix(f"{prefix}/"): v for name, v in logged.items() if name.startswith(f"{prefix}/")},
+        "load": {"mean": mean_load(monitor.last)}
+        | {name: load_figures(count_E) | {"counts": count_E} for name, count_E in monitor.last.items()},
         "tokens_per_second": round(timer.tokens_per_second, 1),
         "world_size": trainer.world_size,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,16 +13,16 @@ from torchmetrics import SumMetric
 from transformers import AutoConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError
-from lightning_moe.modules.load_balance import load_balance_loss
 from lightning_moe.moe.checkpoints import load_model, new_model
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
-from lightning_moe.moe.routing import Routing, record_routing
 
 Batch = dict[str, Tensor]
 
 
 class MoECausalLM(LightningModule):
     """Next-token training and evaluation of a Mixture-of-Experts language model.
+
+    It trains with the next-token loss alone; ``RouterRebalance`` keeps the experts' load even.
 
     Args:
         path: Folder or hub id of a pretrained model.
@@ -35,7 +34,6 @@ class MoECausalLM(LightningModule):
         warmup_steps: Steps of linear warm-up.
         weight_decay: On matrices; norms, biases and embeddings are not decayed.
         betas: Of AdamW.
-        load_balance: Weight of the load-balance loss; 0 turns it off.
         gradient_checkpointing: Recompute activations in the backward pass.
     """
 
@@ -49,14 +47,13 @@ class MoECausalLM(LightningModule):
         warmup_steps: int = 0,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
-        load_balance: float = 0.01,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.path, self.config, self.dtype_name = path, config, dtype
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas
-        self.load_balance, self.gradient_checkpointing = load_balance, gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self.model: PreTrainedModel | None = None
         self.moe_layers: list[MoELayer] = []
         self._domain_loss: dict[int, tuple[SumMetric, SumMetric]] = {}
@@ -84,6 +81,11 @@ class MoECausalLM(LightningModule):
         self.model.train()  # loading leaves it in evaluation mode, and Lightning keeps what it finds
         self.moe_layers = find_moe_layers(self.model)
 
+    def adopt(self, network: PreTrainedModel) -> MoECausalLM:
+        """Hold a model that is there already, in place of making or loading one; returns itself."""
+        self.model, self.moe_layers = network, find_moe_layers(network)
+        return self
+
     def release(self) -> None:
         """Let go of the weights; ``configure_model`` makes or loads them anew. Never two copies at a time."""
         self.model, self.moe_layers = None, []
@@ -103,21 +105,9 @@ class MoECausalLM(LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        routings: list[Routing] = []
-        watch = (
-            record_routing(self.moe_layers, lambda layer, routing: routings.append(routing))
-            if self.load_balance
-            else nullcontext()
-        )
-        with watch:
-            logits = self(batch)
-        loss_B, count_B = next_token_loss(logits, batch)
+        loss_B, count_B = next_token_loss(self(batch), batch)
         loss = loss_B.sum() / count_B.sum().clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
-        if routings:
-            balance = load_balance_loss(routings, batch["attention_mask"].flatten())
-            self.log("train/load_balance", balance)
-            loss = loss + self.load_balance * balance
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

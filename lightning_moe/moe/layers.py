@@ -115,6 +115,10 @@ def hugging_face_model(module: nn.Module, asker: str) -> PreTrainedModel:
     raise TypeError(f"{asker}: {type(module).__name__} holds no Hugging Face model.")
 
 
+def holds_hugging_face_model(module: nn.Module) -> bool:
+    return any(isinstance(part, PreTrainedModel) for part in module.modules())
+
+
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """Find all MoE layers of ``model``, in the order of depth.
 

@@ -29,11 +29,15 @@ class Routing:
 def read_routing(output: Any, num_experts: int) -> Routing:
     """Sort a router's output, a tuple of logits, weights and ids in any order, by shape and type."""
     ids = next(tensor for tensor in output if not torch.is_floating_point(tensor))
-    floats = [tensor for tensor in output if torch.is_floating_point(tensor)]
-    logits = next(tensor for tensor in floats if tensor.shape[-1] == num_experts)
-    weights = next(tensor for tensor in floats if tensor is not logits)
+    logits, weights = _logits_and_weights(output, num_experts)
     rows = ids.shape[-1]
     return Routing(logits.reshape(-1, num_experts), weights.reshape(-1, rows), ids.reshape(-1, rows))
+
+
+def _logits_and_weights(output: Any, num_experts: int) -> tuple[Tensor, Tensor]:
+    floats = [tensor for tensor in output if torch.is_floating_point(tensor)]
+    logits = next(tensor for tensor in floats if tensor.shape[-1] == num_experts)
+    return logits, next(tensor for tensor in floats if tensor is not logits)
 
 
 @contextmanager
@@ -42,6 +46,32 @@ def record_routing(layers: Iterable[MoELayer], record: Callable[[MoELayer, Routi
 
     def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, inputs, output: record(layer, read_routing(output, layer.num_experts))
+
+    handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def rewrite_weights(
+    layers: Iterable[MoELayer], rewrite: Callable[[MoELayer, Routing], Tensor | None]
+) -> Iterator[None]:
+    """Let ``rewrite`` see every routing decision made inside the context and give other weights, or None for as is."""
+
+    def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            routing = read_routing(output, layer.num_experts)
+            weights_TK = rewrite(layer, routing)
+            if weights_TK is None:
+                return None
+            # The tuple's own tensor may have another shape than the view of it in ``routing``.
+            _, own = _logits_and_weights(output, layer.num_experts)
+            return type(output)(weights_TK.view_as(part) if part is own else part for part in output)
+
+        return hook
 
     handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in layers]
     try:

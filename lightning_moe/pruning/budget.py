@@ -19,13 +19,22 @@ Scope = Literal["layer", "global"]
 MOST_RATIOS_NAMED = 12
 
 
-def make_plan(scores: ExpertScores, ratio: float, scope: Scope, floor: int | None = None) -> PruningPlan:
+def make_plan(
+    scores: ExpertScores,
+    ratio: float,
+    scope: Scope,
+    floor: int | None = None,
+    whole: Sequence[LayerShape] | None = None,
+) -> PruningPlan:
     """Drop the experts with the lowest scores.
 
     ``layer`` drops ``round(ratio * E)`` in every layer, ``global`` drops ``round(ratio * sum of E)`` in one order
     over all layers (DiEP, eq. 11), where no layer goes below ``floor`` experts (default: what its router needs,
     which is ``top_k``). Group-limited routers lose the same number in each group, so they drop in whole slices, the
     lowest of every group together at their mean score. Of equal scores the lower id stays.
+
+    ``whole`` are the layers as they were before any round of pruning: the ratio is then a share of those, what earlier
+    rounds dropped counts as dropped, and a round may spare a layer. The plan names experts as the scores do.
 
     Raises ``InputError``, with the ratios possible, when the ratio drops nothing, more than the floors allow, or a
     number that the groups cannot share.
@@ -34,10 +43,15 @@ def make_plan(scores: ExpertScores, ratio: float, scope: Scope, floor: int | Non
         raise InputError(f"--ratio {ratio}: the fraction of experts to drop must lie between 0 and 1, both excluded.")
     slices = {shape.name: _slices(shape, scores.scores[shape.name].tolist()) for shape in scores.shapes}
     most = {shape.name: _most_slices(shape, floor) for shape in scores.shapes}
+    before = {shape.name: shape.num_experts for shape in whole or scores.shapes}
     if scope == "layer":
-        drops = {shape.name: _layer_slices(shape, ratio, most[shape.name]) for shape in scores.shapes}
+        drops = {
+            shape.name: _layer_slices(shape, ratio, most[shape.name], before[shape.name]) for shape in scores.shapes
+        }
+        if not any(drops.values()):
+            raise InputError(f"--ratio {ratio} drops nothing more than the rounds before; take fewer rounds.")
     else:
-        drops = _global_slices(scores, ratio, slices, most)
+        drops = _global_slices(scores, ratio, slices, most, sum(before.values()))
     keep = {}
     for shape in scores.shapes:
         dropped = {expert for _, experts in slices[shape.name][: drops[shape.name]] for expert in experts}
@@ -51,8 +65,13 @@ def check_ratio(shapes: Sequence[LayerShape], ratio: float, scope: Scope, floor:
 
     The counts to drop do not depend on the scores, so equal ones tell.
     """
-    blank = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
-    make_plan(ExpertScores("", "", "", shapes, blank), ratio, scope, floor)
+    make_plan(blank_scores(shapes), ratio, scope, floor)
+
+
+def blank_scores(shapes: Sequence[LayerShape]) -> ExpertScores:
+    """Scores that prefer no expert."""
+    zeros = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
+    return ExpertScores("", "", "", shapes, zeros)
 
 
 def _slices(shape: LayerShape, scores: list[float]) -> list[tuple[float, list[int]]]:
@@ -78,12 +97,14 @@ def _most_slices(shape: LayerShape, floor: int | None) -> int:
     return max(0, shape.group_size - fewest)
 
 
-def _layer_slices(shape: LayerShape, ratio: float, most: int) -> int:
-    count = _round(ratio * shape.num_experts)
-    if count % shape.num_groups == 0 and 1 <= count // shape.num_groups <= most:
+def _layer_slices(shape: LayerShape, ratio: float, most: int, before: int) -> int:
+    gone = before - shape.num_experts
+    count = _round(ratio * before) - gone
+    if count % shape.num_groups == 0 and (0 if gone else 1) <= count // shape.num_groups <= most:
         return count // shape.num_groups
-    possible = [_named_ratio(drop, shape.group_size) for drop in range(1, most + 1)]
-    where = f"{shape.name} ({shape.num_experts} experts, top_k={shape.top_k})"
+    group, gone = before // shape.num_groups, gone // shape.num_groups
+    possible = [_named_ratio(drop, group) for drop in range(gone + 1, gone + most + 1)]
+    where = f"{shape.name} ({before} experts, top_k={shape.top_k})"
     raise InputError(_refusal(ratio, count, where, possible))
 
 
@@ -92,16 +113,16 @@ def _global_slices(
     ratio: float,
     slices: dict[str, list[tuple[float, list[int]]]],
     most: dict[str, int],
+    total: int,
 ) -> dict[str, int]:
-    total = sum(shape.num_experts for shape in scores.shapes)
-    count = _round(ratio * total)
+    gone = total - sum(shape.num_experts for shape in scores.shapes)
+    count = _round(ratio * total) - gone
     limit = sum(most[shape.name] * shape.num_groups for shape in scores.shapes)
     step = max(shape.num_groups for shape in scores.shapes)
     if count % step or not step <= count <= limit:
         where = f"all {len(scores.shapes)} layers ({total} experts)"
-        raise InputError(
-            _refusal(ratio, count, where, [_named_ratio(drop, total) for drop in range(step, limit + 1, step)])
-        )
+        possible = [_named_ratio(drop, total) for drop in range(gone + step, gone + limit + 1, step)]
+        raise InputError(_refusal(ratio, count, where, possible))
     order = sorted(
         (score, -shape.index, turn, shape)
         for shape in scores.shapes

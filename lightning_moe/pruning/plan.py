@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,31 @@ class PruningPlan:
             **({"merge": self.merge} if self.merge else {}),
         }
         write_json(file, value)
+
+
+def compose(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Two cuts as one: ``now`` names places among the experts that ``before`` kept; the result names the first ids.
+
+    A layer that ``now`` does not name stays as ``before`` left it.
+    """
+    return {name: [ids[place] for place in now.get(name, range(len(ids)))] for name, ids in before.items()}
+
+
+def cut_shapes(shapes: Sequence[LayerShape], keep: Mapping[str, Sequence[int]]) -> list[LayerShape]:
+    """The layers once only the experts in ``keep`` are left."""
+    return [replace(shape, num_experts=len(keep.get(shape.name, range(shape.num_experts)))) for shape in shapes]
+
+
+def agreement(one: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """How far two plans agree, layer by layer: experts that both keep, over those that either keeps (Jaccard).
+
+    Under ``all``, that of all layers together. Layers that only one of them names are left out.
+    """
+    both = {name: (set(ids), set(other[name])) for name, ids in one.items() if name in other}
+    layers = {name: len(mine & yours) / len(mine | yours) for name, (mine, yours) in both.items()}
+    common = sum(len(mine & yours) for mine, yours in both.values())
+    either = sum(len(mine | yours) for mine, yours in both.values())
+    return {**layers, "all": common / either if either else 1.0}
 
 
 def load_plan(file: Path) -> PruningPlan:

@@ -12,15 +12,16 @@ from typing import Any
 from lightning_moe.files import replaced_file
 
 Row = Mapping[str, Any]
-"""One cell: method, scope, ratio, seed, status (``done`` or ``failed``) and what was measured, or the reason."""
+"""One cell: method, strategy, scope, ratio, seed, status, and what was measured or why not."""
 
 FULL = "full"
 """The method's name in the row of the model as it is."""
 
-FIGURES = ("perplexity", "domain_mean")
+FIGURES = ("perplexity", "domain_mean", "load_cv", "load_cv_pruned", "perplexity_pruned")
 
 COLUMNS = (
     "method",
+    "strategy",
     "scope",
     "ratio",
     "seed",
@@ -30,6 +31,12 @@ COLUMNS = (
     "loss",
     "tokens",
     "tokens_per_second",
+    "load_cv",
+    "load_cv_pruned",
+    "perplexity_pruned",
+    "finetune_tokens",
+    "finetune_lr",
+    "rounds",
     "method_seconds",
     "experts",
     "parameters",
@@ -41,22 +48,23 @@ LAST = ("kept_experts", "plan", "reason")
 
 
 def spreads(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry per method, scope and ratio, in the order of the rows: mean, std, min and max over its seeds.
+    """One entry per method, strategy, scope and ratio, in the order of the rows: mean, std, min and max over its seeds.
 
-    ``std`` is that of a sample, and None where there is but one cell. Failed cells are counted, not averaged.
+    ``std`` is that of a sample, and None where there is but one cell; a figure no cell has is None in all. Failed
+    cells are counted, not averaged.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["scope"], row["ratio"]), []).append(row)
+        groups.setdefault((row["method"], row["strategy"], row["scope"], row["ratio"]), []).append(row)
     return [_spread(group) for group in groups.values()]
 
 
 def _spread(group: Sequence[Row]) -> dict[str, Any]:
     done = [row for row in group if row["status"] == "done"]
-    entry = {name: group[0][name] for name in ("method", "scope", "ratio")}
+    entry = {name: group[0][name] for name in ("method", "strategy", "scope", "ratio")}
     entry |= {"cells": len(done), "failed": len(group) - len(done)}
     for figure in FIGURES:
-        values = [row[figure] for row in done]
+        values = [row[figure] for row in done if figure in row]
         entry[figure] = {
             "mean": statistics.fmean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,

@@ -19,28 +19,38 @@ WIDE = 60, 36
 
 def show_comparison(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print the perplexities, mean and standard deviation over seeds; the lowest of each ratio in bold."""
-    full = next((entry for entry in entries if entry["method"] == FULL), None)
-    groups = {(entry["method"], entry["scope"], entry["ratio"]): entry for entry in entries if entry is not full}
+    full = next((entry for entry in entries if entry["method"] == FULL and not entry["ratio"]), None)
+    groups = {_line(entry) + (entry["ratio"],): entry for entry in entries if entry is not full}
     ratios = list(dict.fromkeys(ratio for *_, ratio in groups))
-    lines = dict.fromkeys((method, scope) for method, scope, _ in groups)
-    table = Table("method", "scope", title="perplexity (lower is better), by share of experts dropped")
+    lines = dict.fromkeys(key[:-1] for key in groups)
+    table = Table("method", "strategy", "scope", title="perplexity (lower is better), by share of experts dropped")
     table.title_justify = "left"
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     for ratio in ratios:
         table.add_column(f"{100 * ratio:g}%", justify="right", no_wrap=True)
     table.add_column("method takes", justify="right", no_wrap=True)
     if full is not None:
-        table.add_row("full model", "", *([_number(full["perplexity"]["mean"])] * len(ratios)), "", end_section=True)
-    best = {ratio: _lowest(group for key, group in groups.items() if key[2] == ratio) for ratio in ratios}
-    for method, scope in lines:
-        found = [groups.get((method, scope, ratio)) for ratio in ratios]
+        table.add_row(
+            "full model", "", "", *([_number(full["perplexity"]["mean"])] * len(ratios)), "", end_section=True
+        )
+    pruned = {key: group for key, group in groups.items() if group["method"] != FULL}
+    best = {ratio: _lowest(group for key, group in pruned.items() if key[-1] == ratio) for ratio in ratios}
+    for line in lines:
+        found = [groups.get((*line, ratio)) for ratio in ratios]
         cells = [_cell(group, best[ratio]) for ratio, group in zip(ratios, found, strict=True)]
         seconds = [group["method_seconds"] for group in found if group and group["method_seconds"] is not None]
-        table.add_row(method, scope, *cells, _seconds(seconds))
+        table.add_row(*line, *cells, _seconds(seconds))
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDE[0] + WIDE[1] * len(ratios))
     console.print(table)
+
+
+def _line(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    if entry["method"] == FULL:
+        return "full model", entry["strategy"], ""
+    return entry["method"], entry["strategy"], entry["scope"]
 
 
 def _lowest(groups: Any) -> float | None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_moe.modules.load_balance import load_balance_loss
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from lightning_moe.modules.load_balance import load_balance_loss
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.routing import Routing, record_routing
 from lightning_moe.moe.surgery import keep_experts

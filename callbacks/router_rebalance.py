@@ -1,0 +1,170 @@
+"""RouterRebalance: keep the experts' load even while any model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from lightning_moe.callbacks.batch_mask import batch_mask
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import MoELayer, find_moe_layers, holds_hugging_face_model, hugging_face_model
+from lightning_moe.moe.router_losses import attach_loss, load_balance_loss, router_z_loss
+from lightning_moe.moe.routing import Routing, rewrite_weights
+from lightning_moe.stats.usage import RouterCounts
+
+Trained = Literal["all", "routers", "routers+norms"]
+"""Which weights learn."""
+
+
+class RouterRebalance(Callback):
+    """Even out the routers' load while the Hugging Face MoE inside a LightningModule is trained.
+
+    The losses join the backward pass at the routers, whatever the training step does; a step that computes its own
+    loss needs no change. They are logged under ``router_rebalance/``. Layers may hold different numbers of experts,
+    and may lose some during the fit.
+
+    Args:
+        load_balance: Weight of the load-balance loss, a mean over layers, 1 when all is even (Switch Transformer).
+        z_loss: Weight of the mean squared log-sum-exp of the router logits (ST-MoE), a mean over layers.
+        bias_step: After each optimiser step a router with a correction bias (DeepSeek-V3, GLM-4, Ernie) has it raised
+            by this much for each expert with less than the mean load and lowered for those with more; DeepSeek-V3
+            takes 0.001. Such a layer then has no load-balance loss. 0 leaves the biases alone.
+        train: What learns: everything that did; the routers alone; or these and the norms.
+    """
+
+    def __init__(
+        self, load_balance: float = 0.01, z_loss: float = 0.0, bias_step: float = 0.0, train: Trained = "all"
+    ) -> None:
+        for name, value in (("load_balance", load_balance), ("z_loss", z_loss), ("bias_step", bias_step)):
+            if not value >= 0:
+                raise InputError(f"RouterRebalance: {name} {value}: 0 or more.")
+        if train not in ("all", "routers", "routers+norms"):
+            raise InputError(f"RouterRebalance: train {train!r}: one of all, routers, routers+norms.")
+        self.load_balance, self.z_loss, self.bias_step, self.train = load_balance, z_loss, bias_step, train
+        self._context = ExitStack()
+        self._counts: RouterCounts | None = None
+        self._mask_T: Tensor | None = None
+        self._scale = 1.0
+        self._losses: dict[str, list[Tensor]] = {}
+        self._frozen: list[nn.Parameter] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Before optimisers and DDP look at the weights, where the model is made already.
+        if stage == "fit" and holds_hugging_face_model(pl_module):
+            self._freeze(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = hugging_face_model(pl_module, "RouterRebalance")
+        self._freeze(pl_module)
+        self._counts = RouterCounts(model)
+        self._context.enter_context(rewrite_weights(self._counts.layers, self._watch))
+
+    def _freeze(self, pl_module: LightningModule) -> None:
+        if self.train == "all" or self._frozen:
+            return
+        model = hugging_face_model(pl_module, "RouterRebalance")
+        learns = {id(parameter) for parameter in trained_parameters(model, self.train)}
+        self._frozen = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in learns]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        mask = batch_mask(batch)
+        self._mask_T = None if mask is None else mask.flatten()
+        assert self._counts is not None
+        self._counts.paused = False
+        self._counts.next_batch(mask)
+        precision = trainer.precision_plugin
+        scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
+        # As the loss of the step is: divided by the batches of a step, multiplied by the scaler of 16-bit training.
+        self._scale = (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
+        self._losses = {}
+
+    def _watch(self, layer: MoELayer, routing: Routing) -> Tensor | None:
+        assert self._counts is not None
+        if not layer.router.training or not torch.is_grad_enabled():
+            return None
+        biases = self.bias_step and layer.correction_biases
+        if biases:
+            self._counts.add(layer, routing)
+        if not routing.weights_TK.requires_grad:
+            return None
+        mask_T = self._mask_T
+        if mask_T is not None and mask_T.shape[0] != routing.logits_TE.shape[0]:
+            mask_T = None
+        weights_TK = routing.weights_TK
+        for name, weight, loss in (
+            ("load_balance", 0.0 if biases else self.load_balance, load_balance_loss),
+            ("z_loss", self.z_loss, router_z_loss),
+        ):
+            if weight:
+                value = loss(routing, mask_T)
+                if not self._counts.paused:
+                    self._losses.setdefault(name, []).append(value.detach())
+                weights_TK = attach_loss(weights_TK, value, self._scale * weight / len(self._counts.layers))
+        return None if weights_TK is routing.weights_TK else weights_TK
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        assert self._counts is not None
+        self._counts.paused = True  # layers that recompute their activations route the same tokens again
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._counts is not None
+        self._counts.paused = False
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        assert self._counts is not None
+        if not self.bias_step or not any(layer.correction_biases for layer in self._counts.layers):
+            return
+        counts = self._counts.take(lambda count_E: trainer.strategy.reduce(count_E, reduce_op="sum"))
+        with torch.no_grad():
+            for layer in self._counts.layers:
+                for bias in layer.correction_biases:
+                    count_E = torch.tensor(counts[layer.name], device=bias.device)
+                    bias += self.bias_step * torch.sign(count_E.mean() - count_E).view_as(bias).to(bias)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        for name, losses in self._losses.items():
+            pl_module.log(f"router_rebalance/{name}", torch.stack(losses).mean())
+        self._losses = {}
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._context.close()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen, self._counts = [], None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+
+def trained_parameters(model: PreTrainedModel, train: Trained) -> Iterator[nn.Parameter]:
+    """The parameters that learn. A norm is a module that holds vectors and nothing else, its ``weight`` among them."""
+    if train == "all":
+        yield from model.parameters()
+        return
+    for layer in find_moe_layers(model):
+        biases = {id(bias) for bias in layer.correction_biases}
+        yield from (parameter for parameter in layer.router.parameters() if id(parameter) not in biases)
+    if train == "routers+norms":
+        for module in model.modules():
+            own = dict(module.named_parameters())
+            if "weight" in own and own.keys() <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values()):
+                yield from own.values()

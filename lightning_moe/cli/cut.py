@@ -1,0 +1,48 @@
+"""Cut: which experts to drop, as ``prune`` is asked, and what that left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.cli.methods import get_method
+from lightning_moe.cli.request import checkpoint_size, seed
+from lightning_moe.criteria import Direction, get_criterion
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import LayerShape
+from lightning_moe.pruning.budget import Scope
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which experts to drop: the options of ``prune`` that decide it."""
+
+    method: str = "reap-sum"
+    ratio: float = 0.5
+    scope: Scope = "layer"
+    direction: Direction | None = None
+    floor: int | None = None
+
+    def asked(self) -> dict[str, Any]:
+        method = get_method(self.method)
+        if method.needs_text and self.direction is not None:
+            raise InputError(f"--direction {self.direction}: {self.method} is a search, no criterion; leave it out.")
+        direction = None if method.needs_text else self.direction or get_criterion(self.method).direction
+        return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
+
+
+def reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[str, list[int]]) -> dict[str, Any]:
+    """What a cut left, in experts, parameters and bytes."""
+    before, after = checkpoint_size(path), checkpoint_size(str(target))
+    kept = {shape.name: len(keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
+    return {
+        "kept_experts": kept,
+        "uniform": len(set(kept.values())) == 1,
+        "experts_before": sum(shape.num_experts for shape in shapes),
+        "experts_after": sum(kept.values()),
+        "dropped_fraction": round(1 - sum(kept.values()) / sum(shape.num_experts for shape in shapes), 4),
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+    }

@@ -1,0 +1,73 @@
+"""RoundOptions: the options of ``prune`` and ``compare`` that make rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lightning_moe.cli.recovery import Recovery, default_lr
+from lightning_moe.cli.request import model_path
+from lightning_moe.data.text import content_fingerprint
+from lightning_moe.errors import InputError
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import read_config
+from lightning_moe.pruning.schedule import RoundSchedule, Spacing, make_schedule
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """The options of ``prune`` and ``compare`` that make rounds."""
+
+    rounds: int | Sequence[float] = 1
+    spacing: Spacing = "equal"
+    tokens: int = 0
+    growth: float = 2.0
+    tune_path: str | None = None
+    lr: float | None = None
+    """Highest learning rate of the tuning; None is the default of the model's size."""
+    recovery: Recovery = field(default_factory=Recovery)
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether there is more to do than one cut."""
+        return self.rounds != 1 or self.tokens > 0
+
+    def schedule(self, ratio: float) -> RoundSchedule:
+        return make_schedule(ratio, self.rounds, self.spacing, self.tokens, self.growth)
+
+    def check(self) -> None:
+        """Raise ``InputError`` for options that contradict each other."""
+        self.recovery.check()
+        if self.lr is not None and not self.lr > 0:
+            raise InputError(f"--finetune_lr {self.lr}: above 0.")
+        if not self.tokens and (self.recovery != Recovery() or self.tune_path is not None or self.lr is not None):
+            raise InputError(
+                "--finetune_... and --recovery... say how to tune after each round, but without --finetune_tokens "
+                "there is no tuning. Give it, or leave them out."
+            )
+
+    def lr_of(self, parameters: int) -> float:
+        """The learning rate asked for, or the default of a model of this size."""
+        return default_lr(parameters, self.recovery.kind) if self.lr is None else self.lr
+
+    def asked(self) -> dict[str, Any]:
+        """In plain values: equal ones are the same work."""
+        tuning: dict[str, Any] = {"growth": self.growth, "lr": self.lr} | vars(self.recovery)
+        tuning["content"] = None if self.tune_path is None else content_fingerprint(self.tune_path) or self.tune_path
+        return {
+            "rounds": self.rounds if isinstance(self.rounds, int) else list(self.rounds),
+            "spacing": self.spacing,
+            "finetune_tokens": self.tokens,
+            **({f"finetune.{name}": value for name, value in tuning.items()} if self.tokens else {}),
+        }
+
+
+def train_in_float32(model: MoECausalLM) -> None:
+    """Load 16-bit weights as float32 when nothing is said of it: the small steps of tuning vanish in 16 bits."""
+    if model.dtype_name == "auto" and read_config(model_path(model)).dtype in HALF_PRECISION:
+        model.dtype_name = "float32"

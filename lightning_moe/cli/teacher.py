@@ -1,0 +1,53 @@
+"""The whole model's answers to the text that its routers will be tuned on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.data.teacher_cache import TeacherCache
+from lightning_moe.modules.causal_lm import Batch, MoECausalLM
+
+CANDIDATES = 64
+"""Likely next tokens kept of each place."""
+
+
+def cache_teacher(trainer: Trainer, model: MoECausalLM, text: TextDataModule, folder: Path) -> TeacherCache:
+    """Find the answers in ``folder``, or run the whole model over the text once and keep them there.
+
+    A pass that was killed is made anew.
+    """
+    text.setup("predict")
+    windows, seq_len = text.text.tokens_NS.shape
+    cache = TeacherCache(folder, windows, seq_len, CANDIDATES, text.text.fingerprint)
+    if cache.complete:
+        return cache
+    model.configure_model()
+    trainer.predict(AnswerPass(model, cache), datamodule=text, return_predictions=False)
+    if trainer.is_global_zero:
+        cache.finish()
+    trainer.strategy.barrier()
+    return cache
+
+
+class AnswerPass(LightningModule):
+    """A predict loop that keeps what the model answers."""
+
+    def __init__(self, model: MoECausalLM, cache: TeacherCache) -> None:
+        super().__init__()
+        self.model, self.cache = model, cache
+
+    @override
+    def on_predict_start(self) -> None:
+        if self.trainer.is_global_zero:
+            shutil.rmtree(self.cache.folder, ignore_errors=True)
+            self.cache.create()
+        self.trainer.strategy.barrier()
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        self.cache.write(batch["window"], self.model(batch))

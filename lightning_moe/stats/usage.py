@@ -1,0 +1,100 @@
+"""How evenly a router spreads its tokens: counts while a model runs, and the figures of their skew."""
+
+# T tokens, K experts per token, E experts
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_moe.moe.layers import MoELayer, find_moe_layers
+from lightning_moe.moe.routing import Routing, record_routing
+
+FIGURES = ("cv", "max_over_mean", "entropy", "gini", "dead")
+"""The figures of ``load_figures``."""
+
+
+def load_figures(count_E: Sequence[float]) -> dict[str, float]:
+    """The skew of one layer's load, from the tokens each expert got.
+
+    ``cv`` standard deviation over mean, ``max_over_mean``, ``entropy`` over its maximum ``log E`` (1 is even; 1 too
+    for a single expert), ``gini`` (0 is even), and ``dead``, the number of experts without a token. Without any
+    token, all experts are dead and the load is as uneven as can be.
+    """
+    experts, total = len(count_E), float(sum(count_E))
+    if total == 0:
+        worst = {"cv": math.sqrt(experts - 1), "max_over_mean": float(experts), "entropy": 0.0}
+        return worst | {"gini": 1 - 1 / experts, "dead": float(experts)}
+    share_E = sorted(count / total for count in count_E)
+    variance = sum((share - 1 / experts) ** 2 for share in share_E) / experts
+    entropy = -sum(share * math.log(share) for share in share_E if share > 0)
+    ranked = sum((2 * rank - experts - 1) * share for rank, share in enumerate(share_E, start=1))
+    return {
+        "cv": experts * math.sqrt(variance),
+        "max_over_mean": experts * share_E[-1],
+        "entropy": entropy / math.log(experts) if experts > 1 else 1.0,
+        "gini": ranked / experts,
+        "dead": float(sum(count == 0 for count in count_E)),
+    }
+
+
+def mean_load(counts: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The figures of all layers, averaged; ``dead`` is summed."""
+    layers = [load_figures(count_E) for count_E in counts.values()]
+    sums = {name: sum(layer[name] for layer in layers) for name in FIGURES}
+    return {name: value if name == "dead" else value / len(layers) for name, value in sums.items()}
+
+
+class RouterCounts:
+    """Tokens that each router gives each of its experts, summed while a model runs.
+
+    Say what comes with ``next_batch``; padding is not counted. ``paused`` stops counting, as for a backward pass in
+    which layers run again.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.layers = find_moe_layers(model)
+        self.counts: dict[str, Tensor] = {}
+        """Per layer ``(E,)`` float64, on the layer's device; a layer whose ``E`` changes starts anew."""
+        self.paused = False
+        self._mask_T: Tensor | None = None
+
+    def next_batch(self, mask: Tensor | None) -> None:
+        """``mask``, of any shape, is 0 at padding; None when nothing is padded."""
+        self._mask_T = None if mask is None else mask.flatten()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        with record_routing(self.layers, self.add):
+            yield
+
+    def add(self, layer: MoELayer, routing: Routing) -> None:
+        """Count one routing decision."""
+        if self.paused:
+            return
+        ids_TK = routing.expert_ids_TK
+        ones_TK = torch.ones_like(ids_TK, dtype=torch.float64)
+        if self._mask_T is not None and self._mask_T.shape[0] == ids_TK.shape[0]:
+            ones_TK *= self._mask_T.to(ones_TK)[:, None]
+        count_E = self.counts.get(layer.name)
+        if count_E is None or count_E.shape[0] != layer.num_experts:
+            count_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=ids_TK.device)
+        # index_add waits for no device, as bincount would.
+        self.counts[layer.name] = count_E.index_add(0, ids_TK.flatten(), ones_TK.flatten())
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
+        """The counts of all layers in the order of depth, summed over ranks by ``reduce``; counting starts anew.
+
+        Every rank must call it; a layer that saw nothing counts zeros.
+        """
+        taken = {}
+        for layer in self.layers:
+            zeros_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=layer.router_weight.device)
+            taken[layer.name] = reduce(self.counts.get(layer.name, zeros_E)).tolist()
+        self.counts = {}
+        return taken
