@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.callbacks.batch_mask import batch_mask
+from lightning_moe.callbacks.batches import batch_mask
 from lightning_moe.callbacks.figure_logging import log_figure, save_figure
 from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_file

@@ -1,8 +1,10 @@
-"""HFCheckpoint: a Hugging Face folder of the model, written when a fit ends."""
+"""HFCheckpoint: Hugging Face folders of the model, beside Lightning's checkpoints and at the end of a fit."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,20 +14,38 @@ from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import load_tokenizer, save_model
 from lightning_moe.moe.layers import hugging_face_model
 
+SUFFIX = "-hf"
+"""What the folder beside ``NAME.ckpt`` is called more than ``NAME``."""
+
 
 class HFCheckpoint(Callback):
-    """Export the Hugging Face model inside any LightningModule when a fit ends.
+    """Export the Hugging Face model inside any LightningModule.
+
+    Beside each checkpoint ``NAME.ckpt`` that Lightning writes, ``NAME-hf`` holds the model of that moment, and goes
+    when the checkpoint goes.
 
     Args:
-        folder: Where to write; replaced as a whole by each export.
+        folder: Where the model goes when a fit ends, besides; replaced as a whole by each export.
         tokenizer: Folder or hub id whose tokenizer travels along.
         dtype: Of the saved weights, such as ``bfloat16``; null keeps that of training.
+        beside_checkpoints: Whether to export beside checkpoints; default unless there is a ``folder``.
     """
 
-    def __init__(self, folder: str, tokenizer: str | None = None, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        tokenizer: str | None = None,
+        dtype: str | None = None,
+        beside_checkpoints: bool | None = None,
+    ) -> None:
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise InputError(f"HFCheckpoint: dtype {dtype!r} is none of torch's, such as 'bfloat16'.")
         self.folder, self.tokenizer, self.dtype = folder, tokenizer, dtype
+        self.beside_checkpoints = folder is None if beside_checkpoints is None else beside_checkpoints
+        if folder is None and not self.beside_checkpoints:
+            raise InputError("HFCheckpoint: nothing to export: give a folder, or leave out beside_checkpoints.")
+        self._due = False
+        self._known: dict[Path, int] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -35,10 +55,50 @@ class HFCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hugging_face_model(pl_module, "HFCheckpoint")  # likewise
+        self._known = self._checkpoints(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._due = True  # the file is not there yet; the next hook finds it before the weights change
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._follow(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._follow(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        self._follow(trainer, pl_module)
+        if trainer.is_global_zero and self.folder is not None:
             model = hugging_face_model(pl_module, "HFCheckpoint")
             save_model(model, Path(self.folder), self.tokenizer, self.dtype)
             print(f"The model is in {self.folder}.")
+
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export beside new checkpoints, remove what lies beside those that are gone."""
+        if not self._due or not self.beside_checkpoints:
+            return
+        self._due = False
+        if not trainer.is_global_zero:
+            return
+        found = self._checkpoints(trainer)
+        for file, written in found.items():
+            if self._known.get(file) != written:
+                model = hugging_face_model(pl_module, "HFCheckpoint")
+                save_model(model, _beside(file), self.tokenizer, self.dtype)
+        for file in self._known.keys() - found.keys():
+            shutil.rmtree(_beside(file), ignore_errors=True)
+        self._known = found
+
+    def _checkpoints(self, trainer: Trainer) -> dict[Path, int]:
+        """What lies in the folders of the Trainer's checkpoint callbacks, and when it was written."""
+        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+        files = sorted(file for folder in folders if folder for file in Path(folder).glob("*.ckpt"))
+        return {file: file.stat().st_mtime_ns for file in files}
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(file.stem + SUFFIX)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_moe.callbacks.batch_mask import batch_mask
+from lightning_moe.callbacks.batches import batch_mask
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import MoELayer, find_moe_layers, holds_hugging_face_model, hugging_face_model
 from lightning_moe.moe.router_losses import attach_loss, load_balance_loss, router_z_loss

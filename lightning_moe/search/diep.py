@@ -227,7 +227,9 @@ class DiEPSearch(LightningModule):
     def _count(self, real_T: Tensor) -> Any:
         def count(layer: MoELayer, routing: Routing) -> None:
             ids = routing.expert_ids_TK[real_T.bool()].flatten()
-            count_E = self.trainer.strategy.reduce(torch.bincount(ids, minlength=layer.num_experts), reduce_op="sum")
+            count_E = torch.bincount(ids, minlength=layer.num_experts)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(count_E)
             self._routed[layer.name] += count_E.double().cpu()
 
         return count

@@ -1,0 +1,64 @@
+"""Optimisers of a model that loses experts in the midst of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moe.moe.layers import MoELayer
+from lightning_moe.moe.non_uniform import per_expert_tensors
+
+
+@dataclass(frozen=True)
+class CutParameter:
+    """A parameter of which some experts' slices stayed."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    dimension: int
+    keep: Sequence[int]
+
+
+class CutParameters:
+    """The parameters that a cut replaces: made before it, read after it."""
+
+    def __init__(self, layers: Sequence[MoELayer], keep: Mapping[str, Sequence[int]]) -> None:
+        self._places = [
+            (owner, name, tensor, dimension, keep[layer.name])
+            for layer in layers
+            if layer.name in keep
+            for owner, name, tensor, dimension in per_expert_tensors(layer.parts)
+            if isinstance(tensor, nn.Parameter)
+        ]
+
+    def found(self) -> list[CutParameter]:
+        return [
+            CutParameter(old, new, dimension, keep)
+            for owner, name, old, dimension, keep in self._places
+            if (new := getattr(owner, name)) is not old
+        ]
+
+
+def carry_state(optimizer: torch.optim.Optimizer, cut: Sequence[CutParameter]) -> None:
+    """Let ``optimizer`` train the new parameters, with what it knows of the slices that stayed.
+
+    State of the parameter's own shape (Adam's moments, a momentum) is cut like the parameter; any other, such as a
+    count of steps, is kept as it is.
+    """
+    by_old = {id(one.old): one for one in cut}
+    for group in optimizer.param_groups:
+        group["params"] = [by_old[id(p)].new if id(p) in by_old else p for p in group["params"]]
+    for one in cut:
+        state: dict[str, Any] | None = optimizer.state.pop(one.old, None)
+        if state is not None:
+            optimizer.state[one.new] = {name: _cut(value, one) for name, value in state.items()}
+
+
+def _cut(value: Any, one: CutParameter) -> Any:
+    if not isinstance(value, Tensor) or value.shape != one.old.shape:
+        return value
+    return value.index_select(one.dimension, torch.tensor(one.keep, device=value.device))

@@ -1,0 +1,299 @@
+"""ExpertPruning: drop experts round by round while any model is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from typing_extensions import override
+
+from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens
+from lightning_moe.callbacks.cut_optimizer import CutParameters, carry_state
+from lightning_moe.callbacks.in_fit_measure import in_fit_measure
+from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
+from lightning_moe.callbacks.scaled_rates import scale_rates
+from lightning_moe.criteria import Direction
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import LayerShape, find_moe_layers, hugging_face_model
+from lightning_moe.moe.non_uniform import stacked_parameters
+from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.pruning.budget import Scope, make_plan
+from lightning_moe.pruning.plan import compose
+from lightning_moe.pruning.round_record import RoundRecord, dropped_ids, scores_by_id, write_records
+from lightning_moe.pruning.schedule import Spacing, check_rounds, make_schedule
+from lightning_moe.search.in_memory import check_method, is_search, score_in_memory
+
+
+class ExpertPruning(Callback):
+    """Prune the Hugging Face MoE inside a LightningModule, in one round or several, during a fit.
+
+    A round scores the experts that are left on calibration text, drops the lowest, cuts the weights at once, and gives
+    the optimisers the new parameters. Each is recorded in ``records``, in ``folder`` and in the logger under
+    ``expert_pruning/``. A fit that goes on from a checkpoint finds the model cut as it was, and the rounds done.
+
+    On one process; on several, prune between fits: that is what ``lightning-moe prune --rounds`` does.
+
+    Args:
+        calibration: What experts are scored on: batches with ``input_ids`` and, if something is padded,
+            ``attention_mask``; see ``Batches``.
+        ratio: Share of all experts that is gone after the last round.
+        rounds: How many rounds, or the share gone after each, ascending to ``ratio``.
+        method: Any criterion, or a search: ``diep``, ``diep-PRESET``.
+        scope: Drop the same number in each layer, or the lowest of all layers.
+        direction: Which end of a criterion goes; default as its paper has it.
+        floor: Fewest experts a layer keeps under global scope; default is what its router needs.
+        spacing: Rounds of one size, or small ones first and last (``cosine``).
+        unit: Of the moments below: optimiser ``steps``, ``tokens`` seen, or ``epochs`` ended.
+        start: Moment of the first round; 0 is the start of the fit.
+        every: From the first round to the second.
+        growth: Each further distance over the one before; 2 doubles the budget from round to round (MC-Suite).
+        at: The moment of each round, in place of these three.
+        optimizer: ``reset`` makes the optimisers and schedulers anew after each round, as the module configures them;
+            ``carry`` keeps what they know of the weights that stay.
+        cosine: Multiply the learning rate, whatever the module's schedule makes of it, by a cosine from 1 to
+            ``min_lr_ratio`` over each round.
+        min_lr_ratio: Where that ends.
+        evaluation: Batches to measure perplexity and load on before and after each cut and, at the next one and the
+            end, after the training in between; null measures nothing. ``attention_mask`` says what counts.
+        folder: Where ``rounds.jsonl`` goes.
+        seed: Of random scores and searches; each round takes another.
+    """
+
+    def __init__(
+        self,
+        calibration: Batches,
+        ratio: float = 0.5,
+        rounds: int | Sequence[float] = 1,
+        method: str = "reap-sum",
+        scope: Scope = "layer",
+        direction: Direction | None = None,
+        floor: int | None = None,
+        spacing: Spacing = "equal",
+        unit: Unit = "steps",
+        start: int = 0,
+        every: int | None = None,
+        growth: float = 1.0,
+        at: Sequence[int] | None = None,
+        optimizer: Literal["reset", "carry"] = "reset",
+        cosine: bool = False,
+        min_lr_ratio: float = 0.0,
+        evaluation: Batches | None = None,
+        folder: Path | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_method(method)
+        if direction is not None and is_search(method):
+            raise InputError(f"ExpertPruning: direction {direction}: {method} is a search, no criterion; leave it out.")
+        if optimizer not in ("reset", "carry"):
+            raise InputError(f"ExpertPruning: optimizer {optimizer!r}: one of reset, carry.")
+        if not 0 <= min_lr_ratio <= 1:
+            raise InputError(f"ExpertPruning: min_lr_ratio {min_lr_ratio}: between 0 and 1.")
+        self.schedule = make_schedule(ratio, rounds, spacing)
+        self.trigger = RoundTrigger(len(self.schedule), unit, start, every, growth, at)
+        if cosine and self.trigger.every is None:
+            raise InputError(
+                "ExpertPruning: a cosine over each round needs its length: give `every` or several in `at`."
+            )
+        self.calibration, self.evaluation = calibration, evaluation
+        self.method, self.scope, self.direction, self.floor = method, scope, direction, floor
+        self.optimizer, self.cosine, self.min_lr_ratio = optimizer, cosine, min_lr_ratio
+        self.folder, self.seed = None if folder is None else Path(folder), seed
+        self.records: list[RoundRecord] = []
+        """Of the rounds done."""
+        self.tokens = 0
+        """Trained on so far, in this fit and those it goes on from."""
+        self._whole: list[LayerShape] = []
+        self._step = self._epochs = self._tokens_at_round = 0
+        self._handles: list[Any] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(method=self.method, ratio=self.schedule.ratios[-1])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "records": [asdict(record) for record in self.records],
+            "whole": [asdict(shape) for shape in self._whole],
+            "tokens": self.tokens,
+            "tokens_at_round": self._tokens_at_round,
+            "epochs": self._epochs,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.records = [RoundRecord(**record) for record in state_dict["records"]]
+        self._whole = [LayerShape(**shape) for shape in state_dict["whole"]]
+        self.tokens, self._tokens_at_round = state_dict["tokens"], state_dict["tokens_at_round"]
+        self._epochs = state_dict["epochs"]
+
+    @property
+    def keep(self) -> dict[str, list[int]]:
+        """Kept experts of each layer, by their ids in the whole model."""
+        return self.records[-1].keep if self.records else {s.name: list(range(s.num_experts)) for s in self._whole}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            if trainer.world_size > 1:
+                raise InputError(
+                    f"ExpertPruning: {trainer.world_size} processes: it cuts the weights within a fit on one process "
+                    "only; `lightning-moe prune --rounds` prunes between fits, on any number."
+                )
+            # A checkpoint of a cut model is loaded before any hook of a callback could cut this one.
+            register: Any = pl_module.register_load_state_dict_pre_hook
+            self._handles.append(register(_cut_to_checkpoint))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = hugging_face_model(pl_module, "ExpertPruning")
+        if not self._whole:
+            self._whole = [layer.shape for layer in find_moe_layers(model)]
+            check_rounds(self._whole, self.schedule, self.scope, self.floor)
+        if self.trigger.due(len(self.records), 0):
+            self._round(trainer, pl_module)
+        self._watch_optimizers(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.trigger.unit == "tokens" or isinstance(batch, Mapping):
+            self.tokens += num_tokens(batch, "ExpertPruning")
+        if trainer.global_step == self._step:
+            return  # gradients are being accumulated, and would be lost
+        self._step = trainer.global_step
+        if self.trigger.unit != "epochs" and self.trigger.due(len(self.records), self._now):
+            self._round(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epochs += 1
+        if self.trigger.unit == "epochs" and self.trigger.due(len(self.records), self._now):
+            self._round(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_round(pl_module, self._measured(pl_module))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    @property
+    def _now(self) -> float:
+        return {"steps": self._step, "tokens": self.tokens, "epochs": self._epochs}[self.trigger.unit]
+
+    def _round(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = hugging_face_model(pl_module, "ExpertPruning")
+        turn, before, seconds = len(self.records) + 1, self.keep, {}
+        measured = {"before_prune": self._measured(pl_module)}
+        self._end_round(pl_module, measured["before_prune"])
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context():
+            seed = self.seed + 1009 * (turn - 1)
+            scores = score_in_memory(model, batches_of(self.calibration), self.method, self.direction, seed)
+        seconds["estimate"] = time.perf_counter() - start
+        plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._whole)
+        cut = CutParameters(find_moe_layers(model), plan.keep)
+        keep_experts(model, plan.keep)
+        if self.optimizer == "carry":
+            for optimizer in trainer.optimizers:
+                carry_state(optimizer, cut.found())
+        else:
+            trainer.strategy.setup_optimizers(trainer)
+            self._watch_optimizers(trainer)
+        seconds["prune"] = time.perf_counter() - start - seconds["estimate"]
+        measured["after_prune"] = self._measured(pl_module)
+        keep = compose(before, plan.keep)
+        values = {name: value.tolist() for name, value in scores.scores.items()}
+        self._tokens_at_round = self.tokens
+        self.records.append(
+            RoundRecord(
+                round=turn,
+                ratio=self.schedule.ratios[turn - 1],
+                method=self.method,
+                keep=keep,
+                dropped=dropped_ids(before, keep),
+                scores=scores_by_id(values, before),
+                perplexity={name: one["perplexity"] for name, one in measured.items() if one},
+                load={name: one["load"] for name, one in measured.items() if one},
+                seconds={name: round(value, 3) for name, value in seconds.items()},
+                parameters=model.num_parameters(),
+                made_by=plan.made_by | {"step": trainer.global_step},
+            )
+        )
+        self._write(trainer)
+        figures = {"experts": float(sum(map(len, keep.values()))), "ratio": self.schedule.ratios[turn - 1]}
+        figures |= {f"perplexity_{name}": one["perplexity"]["all"] for name, one in measured.items() if one}
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"expert_pruning/{name}": value for name, value in figures.items()}, step=trainer.global_step
+            )
+
+    def _end_round(self, pl_module: LightningModule, measured: dict[str, Any] | None) -> None:
+        """Add to the last record what the training after it came to."""
+        if not self.records:
+            return
+        last = self.records[-1]
+        moments = {"after_finetune": measured} if measured else {}
+        self.records[-1] = replace(
+            last,
+            tokens=self.tokens - self._tokens_at_round,
+            steps=self._step - last.made_by["step"],
+            perplexity=last.perplexity | {name: one["perplexity"] for name, one in moments.items()},
+            load=last.load | {name: one["load"] for name, one in moments.items()},
+        )
+        if pl_module.trainer.is_global_zero:
+            self._write(pl_module.trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if self.folder is not None and trainer.is_global_zero:
+            write_records(self.folder / "rounds.jsonl", self.records)
+
+    def _measured(self, pl_module: LightningModule) -> dict[str, Any] | None:
+        if self.evaluation is None:
+            return None
+        with pl_module.trainer.precision_plugin.forward_context():
+            return in_fit_measure(hugging_face_model(pl_module, "ExpertPruning"), batches_of(self.evaluation))
+
+    def _watch_optimizers(self, trainer: Trainer) -> None:
+        if self.cosine:
+            for optimizer in trainer.optimizers:
+                self._handles += scale_rates(optimizer, self._cosine_factor)
+
+    def _cosine_factor(self) -> float:
+        progress = self.trigger.progress(len(self.records), self._now)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _cut_to_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before weights are loaded, cut the model to the experts that they are of; which ones they are does not matter."""
+    model = hugging_face_model(module, "ExpertPruning")
+    (path,) = [name for name, part in module.named_modules() if part is model][:1]
+    keep = {}
+    for layer in find_moe_layers(model):
+        experts = next(name for name, part in model.named_modules() if part is layer.experts)
+        stack = next(iter(stacked_parameters(layer.experts)))
+        stored = state_dict.get(f"{prefix}{path}.{experts}.{stack}")
+        if stored is not None and stored.shape[0] < layer.num_experts:
+            keep[layer.name] = list(range(stored.shape[0]))
+    if keep:
+        keep_experts(model, keep)

@@ -1,0 +1,108 @@
+"""Scores of a model as it lies in memory, by any criterion or search, with no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_moe.criteria import Direction, get_criterion
+from lightning_moe.errors import InputError
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.pruning.scores import ExpertScores, score_experts
+from lightning_moe.search.diep import DiEPSearch
+from lightning_moe.search.presets import preset
+from lightning_moe.stats.observation import Observation
+from lightning_moe.stats.store import ModelStats
+
+SEARCH = "diep"
+"""The method that is a search; ``diep-PRESET`` names one of its presets."""
+
+
+def check_method(method: str) -> None:
+    """Raise ``InputError`` for a method that is neither a criterion nor a search."""
+    if is_search(method):
+        preset(_preset_name(method))
+    else:
+        get_criterion(method)
+
+
+def is_search(method: str) -> bool:
+    return method == SEARCH or method.startswith(f"{SEARCH}-")
+
+
+def score_in_memory(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    method: str,
+    direction: Direction | None = None,
+    seed: int = 0,
+) -> ExpertScores:
+    """Score the experts of ``model``; it is left as it was, in the mode it was in.
+
+    ``batches`` hold ``input_ids`` and, where something is padded, ``attention_mask``. A criterion reads them once and
+    sums over ranks; a search goes over them again and again until its updates are made.
+    """
+    if is_search(method):
+        module = _search(model, batches, preset(_preset_name(method)), seed)
+        shapes = [layer.shape for layer in module.moe_layers]
+        return ExpertScores("", "", method, shapes, module.scores(), True, {"seed": seed})
+    observation = Observation(model).to(model.device)
+    with evaluating(model), torch.no_grad(), observation.attached(model):
+        for batch in on_device(batches, model.device):
+            observation.next_batch(batch["input_ids"], batch["attention_mask"])
+            model.base_model(**batch, use_cache=False)
+    return score_experts(ModelStats("", "", observation.compute()), method, direction, seed)
+
+
+def _preset_name(method: str) -> str:
+    return method.removeprefix(SEARCH).removeprefix("-") or "default"
+
+
+def _search(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], arguments: dict[str, Any], seed: int
+) -> DiEPSearch:
+    module = DiEPSearch(MoECausalLM().adopt(model), seed=seed, **arguments)
+    module.configure_model()
+    fabric = Fabric(accelerator="cpu" if model.device.type == "cpu" else "auto", devices=1)
+    with evaluating(model):
+        module.on_fit_start()
+        try:
+            module.to(model.device)
+            step, *_ = fabric.setup(module, *module.configure_optimizers(), move_to_device=False)
+            again = chain.from_iterable(repeat(batches))
+            for number, batch in enumerate(on_device(again, model.device)):
+                if module.done == module.updates:
+                    break
+                step.training_step(batch, number)
+        finally:
+            module.on_fit_end()
+    return module
+
+
+def on_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Ids and mask alone, on the device; a batch without a mask gets one of ones."""
+    for batch in batches:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise InputError("calibration batches must be mappings with `input_ids`.")
+        ids = batch["input_ids"].to(device)
+        mask = batch.get("attention_mask")
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask.to(device)}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside the context; every part is put back into its own mode."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
