@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,13 +20,11 @@ from lightning_moe.cli.request import (
     asked_data,
     asked_model,
     asked_validation,
-    checkpoint_size,
     model_path,
     refuse_less_text,
 )
-from lightning_moe.cli.round_cells import derived_figures, figures_of_round
+from lightning_moe.cli.round_cells import RoundRuns, derived_figures, figures_of_round
 from lightning_moe.cli.round_options import RoundOptions, train_in_float32
-from lightning_moe.cli.rounds import Rounds, RoundsRequest, as_moment
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import observe
 from lightning_moe.data.datamodule import TextDataModule
@@ -37,7 +34,6 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import check_ratio, make_plan
-from lightning_moe.pruning.round_record import RoundRecord
 from lightning_moe.pruning.schedule import check_rounds
 from lightning_moe.pruning.scores import ExpertScores
 from lightning_moe.report.agreement import write_agreements
@@ -152,10 +148,9 @@ class Comparison:
         writes = trainer.is_global_zero
         self._cells = Records(run.folder / "cells", run.request, writes=writes, anew=anew)
         self._scores = Records(run.folder / "scores", run.request, writes=writes, anew=anew)
-        self._rounds = Records(run.folder / "rounds", run.request, writes=writes, anew=anew)
+        rounds = Records(run.folder / "rounds", run.request, writes=writes, anew=anew)
+        self._rounds = RoundRuns(self.job, validation, run, rounds, options, shapes)
         self._failed_scores: dict[str, str] = {}
-        self._failed_rounds: dict[str, str] = {}
-        self._options = options
         self._full: dict[str, Any] | None = None
         self.computed = 0
         """Cells computed, not found."""
@@ -229,7 +224,7 @@ class Comparison:
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
         if cell.schedule is not None:
-            records = self._rounds_of(cell)
+            records = self._rounds.of(cell, lambda: self._scored(cell)[0], self._full)
             return figures_of_round(records, cell.ratio, self.path, self.shapes)
         check_ratio(self.shapes, cell.ratio, cell.scope)  # an impossible one fails before the method is run
         scores, seconds = self._scored(cell)
@@ -241,46 +236,6 @@ class Comparison:
         """What the model is worth with only these experts."""
         figures = measure(self.trainer, self.job.cut_model(keep), self.validation)
         return {**figures, "method_seconds": None} | derived_figures(figures, keep, self.path, self.shapes)
-
-    def _rounds_of(self, cell: Cell) -> list[RoundRecord]:
-        """The rounds that the cell is one moment of, made once for all cells that share them."""
-        record = self._rounds.get(cell.run_name)
-        if record is None:
-            if cell.run_name in self._failed_rounds:
-                raise InputError(self._failed_rounds[cell.run_name])
-            try:
-                records = self._run_rounds(cell)
-            except Exception as error:
-                self._failed_rounds[cell.run_name] = describe(error)
-                raise
-            record = self._rounds.put(cell.run_name, {"rounds": [asdict(one) for one in records]})
-        return [RoundRecord(**one) for one in record["rounds"]]
-
-    def _run_rounds(self, cell: Cell) -> list[RoundRecord]:
-        assert cell.schedule is not None
-        options = self._options
-        lr = options.lr_of(checkpoint_size(self.path)["parameters"])
-        request = RoundsRequest(
-            cell.method,
-            cell.scope,
-            cell.schedule,
-            options.recovery,
-            lr,
-            seed=cell.seed or 0,
-            tune_path=options.tune_path,
-        )
-        scores = None if cell.method is None else self._scored(cell)[0]
-        moment = None if self._full is None else as_moment(self._full)
-        folder = self.run.partial(rounds=cell.run_name, world_size=self.trainer.world_size)
-        model = self.job.whole_model_to_change()
-        identity = self.run.request["model_id"]
-        rounds = Rounds(
-            self.trainer, model, self.data, self.validation, request, self.shapes, identity, folder, (scores, moment)
-        )
-        records = rounds.run(lambda records: None)
-        if self.trainer.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
-        return records
 
     def _scored(self, cell: Cell) -> tuple[ExpertScores, float]:
         """The scores of the cell's method and the seconds they took, made once for all cells that share them."""

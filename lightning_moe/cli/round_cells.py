@@ -1,17 +1,93 @@
-"""The figures of a cell of ``compare``: of a model that was cut once, or of one moment of a run of rounds."""
+"""The cells of ``compare`` that are moments of a run of rounds, and the figures of any cell."""
 
 from __future__ import annotations
 
+import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from lightning_moe.cli.grid import Cell
+from lightning_moe.cli.methods import Job
+from lightning_moe.cli.records import Records
+from lightning_moe.cli.request import checkpoint_size
+from lightning_moe.cli.round_options import RoundOptions
+from lightning_moe.cli.rounds import Rounds, RoundsRequest, as_moment
+from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.errors import InputError, describe
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.pruned_size import pruned_size
 from lightning_moe.pruning.round_record import RoundRecord
+from lightning_moe.pruning.scores import ExpertScores
 
 METHOD_PARTS = ("estimate", "prune", "tune")
 """The parts of a round that are the method's own work."""
+
+
+class RoundRuns:
+    """Runs of rounds, each made once for all cells that are moments of it.
+
+    Args:
+        job: Model and calibration text.
+        validation: The text to measure on.
+        run: Of the whole comparison.
+        records: Where finished runs are kept.
+        options: How rounds are made.
+        shapes: The layers of the whole model.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        validation: TextDataModule,
+        run: RunFolder,
+        records: Records,
+        options: RoundOptions,
+        shapes: Sequence[LayerShape],
+    ) -> None:
+        self.job, self.validation, self.run, self.records = job, validation, run, records
+        self.options, self.shapes = options, shapes
+        self._failed: dict[str, str] = {}
+
+    def of(self, cell: Cell, scores: Callable[[], ExpertScores], full: Mapping[str, Any] | None) -> list[RoundRecord]:
+        """The rounds that the cell is a moment of; ``scores`` makes those of the whole model, ``full`` measures it."""
+        record = self.records.get(cell.run_name)
+        if record is None:
+            if cell.run_name in self._failed:
+                raise InputError(self._failed[cell.run_name])
+            try:
+                done = self._carried_out(cell, None if cell.method is None else scores(), full)
+            except Exception as error:
+                self._failed[cell.run_name] = describe(error)
+                raise
+            record = self.records.put(cell.run_name, {"rounds": [asdict(one) for one in done]})
+        return [RoundRecord(**one) for one in record["rounds"]]
+
+    def _carried_out(
+        self, cell: Cell, scores: ExpertScores | None, full: Mapping[str, Any] | None
+    ) -> list[RoundRecord]:
+        assert cell.schedule is not None
+        trainer, model = self.job.trainer, self.job.whole_model_to_change()
+        lr = self.options.lr_of(checkpoint_size(self.run.request["model.path"])["parameters"])
+        request = RoundsRequest(
+            cell.method,
+            cell.scope,
+            cell.schedule,
+            self.options.recovery,
+            lr,
+            seed=cell.seed or 0,
+            tune_path=self.options.tune_path,
+        )
+        folder = self.run.partial(rounds=cell.run_name, world_size=trainer.world_size)
+        first = scores, None if full is None else as_moment(full)
+        identity = self.run.request["model_id"]
+        rounds = Rounds(trainer, model, self.job.data, self.validation, request, self.shapes, identity, folder, first)
+        done = rounds.run(lambda records: None)
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        return done
 
 
 def derived_figures(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +248,7 @@ class Rounds:
             shutil.rmtree(place / "saves", ignore_errors=True)
 
 
-def as_moment(figures: dict[str, Any]) -> dict[str, Any]:
+def as_moment(figures: Mapping[str, Any]) -> dict[str, Any]:
     """What ``measure`` gives, as a record keeps it."""
     names = ("domains", "tokens", "loss", "tokens_per_second")
     return {

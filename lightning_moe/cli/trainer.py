@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
+from lightning_moe.cli.agreement import agree
 from lightning_moe.cli.compare import compare
 from lightning_moe.cli.cut import Cut
 from lightning_moe.cli.demo import demo
@@ -257,11 +258,10 @@ class MoETrainer(Trainer):
             ratios: Fractions of the experts to drop.
             scopes: Drop the same number in each layer (layer), or the lowest of all layers (global).
             seeds: How often to run what depends on a seed, as all tuning does; the first is that of --seed_everything.
-            strategies: one-shot: one cut. iterative: rounds, estimating anew in each. lottery: rounds with tuning after
-                each. one-shot-tuned: one cut, tuned on as many tokens as the lottery has had by then. One run of rounds
-                to the highest ratio serves all ratios. With tuning, the full model is tuned likewise for comparison.
-            rounds: Rounds to the highest ratio, passing through all others, or a list of the shares of experts gone
-                after each; 1 takes the fewest equal ones that do.
+            strategies: one-shot: one cut; iterative: rounds; lottery: rounds with tuning; one-shot-tuned: one cut, tuned
+                on as many tokens as the lottery has had by then. Beside tuned ones stands the full model, tuned alike.
+            rounds: Rounds to the highest ratio that pass through all others, or a list of the shares gone after each;
+                1 takes the fewest equal ones. One run of them serves all ratios.
             spacing: Rounds of one size, or small ones first and last (cosine).
             finetune_tokens: Tokens to tune on after the first round.
             finetune_growth: The tokens of a round over those of the round before.
@@ -273,6 +273,20 @@ class MoETrainer(Trainer):
         options = RoundOptions(rounds, spacing, finetune_tokens, finetune_growth, finetune_path, finetune_lr, recovery)
         grid = make_grid(methods, ratios, scopes, seeds, seed(), strategies, options)
         compare(self, model, datamodule, out, grid, overwrite, options)
+
+    def agreement(
+        self, model: MoECausalLM, datamodule: TextDataModule, plans: Sequence[str], out: str, overwrite: bool = False
+    ) -> None:
+        """Say how far plans agree: the experts that two of them keep, over those that either keeps.
+
+        Args:
+            model: Not used.
+            datamodule: Not used.
+            plans: Files plan.json, or the run folders that hold them, of plans for the same model.
+            out: Run folder; gets agreement.json and agreement.png.
+            overwrite: Replace the results of another request in that folder.
+        """
+        agree(self, plans, out, overwrite)
 
     def demo(
         self, model: MoECausalLM, datamodule: TextDataModule, out: str = "runs/demo", overwrite: bool = False

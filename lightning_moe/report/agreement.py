@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_moe.files import replaced_file, write_json
+from lightning_moe.callbacks.figure_logging import save_figure
+from lightning_moe.files import write_json
 from lightning_moe.pruning.plan import agreement
 from lightning_moe.report.comparison import FULL, Row
 
@@ -47,8 +48,7 @@ def write_agreements(folder: Path, rows: Sequence[Row]) -> None:
     if not entries:
         return
     write_json(folder / "agreement.json", {"version": 1, "agreements": entries})
-    with replaced_file(folder / "agreement.png") as beside:
-        agreement_figure(entries).savefig(beside, format="png", dpi=120)
+    save_figure(folder / "agreement.png", agreement_figure(entries))
 
 
 def agreement_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
@@ -77,3 +77,21 @@ def by_chance(ratio: float) -> float:
     """The agreement of two plans that keep a share ``1 - ratio`` at random, when there are many experts."""
     kept = 1 - ratio
     return kept / (2 - kept)
+
+
+def matrix_figure(names: Sequence[str], agreement_PP: Sequence[Sequence[float]]) -> Figure:
+    """Every plan against every other, as a heat map with its numbers."""
+    size = 2.5 + 0.9 * len(names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(np.array(agreement_PP), vmin=0, vmax=1, cmap="viridis")
+    places = range(len(names))
+    axes.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    for row in places:
+        for column in places:
+            value = agreement_PP[row][column]
+            color = "black" if value > 0.6 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, label="experts both keep / either keeps")
+    return figure

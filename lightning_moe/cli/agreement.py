@@ -1,0 +1,71 @@
+"""``agreement``: how far plans agree, a number for each pair and a figure (MC-Suite, Fig. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from lightning_moe.callbacks.figure_logging import save_figure
+from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.errors import InputError
+from lightning_moe.pruning.plan import PruningPlan, agreement, load_plan
+from lightning_moe.report.agreement import matrix_figure
+
+
+def agree(trainer: Trainer, plans: Sequence[str], out: str, overwrite: bool) -> dict[str, Any] | None:
+    """Write agreement.json and agreement.png, print the table."""
+    if len(plans) < 2:
+        raise InputError(f"--plans: {len(plans)} given; at least two are needed.")
+    found = [_load(place) for place in plans]
+    first = found[0]
+    for place, plan in zip(plans[1:], found[1:], strict=True):
+        if plan.keep.keys() != first.keep.keys():
+            raise InputError(
+                f"--plans: {place} names {len(plan.keep)} layers ({next(iter(plan.keep), 'none')} ...), {plans[0]} "
+                f"{len(first.keep)} ({next(iter(first.keep), 'none')} ...); they must be plans for the same model."
+            )
+    run = RunFolder(out, "agreement", {"plans": [plan.keep for plan in found], "names": list(plans)}, overwrite)
+    if not trainer.is_global_zero:
+        return None
+    pairs = [[agreement(one.keep, other.keep) for other in found] for one in found]
+    numbers = [[pair["all"] for pair in row] for row in pairs]
+    names = _short(plans)
+    run.begin()
+    save_figure(run.folder / "agreement.png", matrix_figure(names, numbers))
+    table = Table("", *names, title="experts that both plans keep, over those that either keeps", title_justify="left")
+    for name, row in zip(names, numbers, strict=True):
+        table.add_row(name, *(f"{number:.3f}" for number in row))
+    Console(soft_wrap=True).print(table)
+    return run.finish(
+        {
+            "plans": list(plans),
+            "agreement": numbers,
+            "layers": [
+                {"plans": [plans[i], plans[j]], **pairs[i][j]}
+                for i in range(len(found))
+                for j in range(i + 1, len(found))
+            ],
+        }
+    )
+
+
+def _load(place: str) -> PruningPlan:
+    file = Path(place) / "plan.json" if Path(place).is_dir() else Path(place)
+    try:
+        return load_plan(file)
+    except InputError as error:
+        raise InputError(str(error).replace("--plan ", "--plans: ", 1)) from error
+
+
+def _short(places: Sequence[str]) -> list[str]:
+    """The places without what all of them share; numbers where that leaves nothing."""
+    parts = [[part for part in Path(place).parts if part != "plan.json"] for place in places]
+    while all(len(one) > 1 for one in parts) and len({one[0] for one in parts}) == 1:
+        parts = [one[1:] for one in parts]
+    names = ["/".join(one) for one in parts]
+    return names if len(set(names)) == len(names) else [f"{number}: {name}" for number, name in enumerate(names, 1)]
