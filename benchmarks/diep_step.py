@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from benchmarks.observe import SETTINGS, TOKENS, random_model
-from benchmarks.ratios import report
+from benchmarks.ratios import peak_resident, report
 from lightning_moe.modules.causal_lm import Batch, MoECausalLM, next_token_loss
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.search.diep import DiEPSearch
@@ -113,7 +113,7 @@ def measure_peak(setting: str, side: str) -> None:
     else:
         for batch in batches(3):
             floor_step(model, batch)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    print(peak_resident() - before)
 
 
 def _resident() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def median_ratio(ours: Callable[[], object], floor: Callable[[], object], repeats: int, warmup: int = 2) -> float:
@@ -28,6 +29,15 @@ def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def peak_resident() -> int:
+    """Most memory this process ever held, in bytes.
+
+    Not ``ru_maxrss``, which a new process takes over from the one that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def report(name: str, ratio: float, goal: float) -> None:

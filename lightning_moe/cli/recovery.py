@@ -83,6 +83,10 @@ class Recovery:
         return 1 if self.batch_tokens is None else max(1, round(self.batch_tokens / one))
 
 
+NEXT_TOKEN = Recovery()
+"""Tuning as MC-Suite does it."""
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What a round of tuning was."""

@@ -16,7 +16,7 @@ from lightning_moe.cli.evaluate import evaluate
 from lightning_moe.cli.grid import make_grid
 from lightning_moe.cli.lottery import prune_in_rounds
 from lightning_moe.cli.prune import prune
-from lightning_moe.cli.recovery import Recovery
+from lightning_moe.cli.recovery import NEXT_TOKEN, Recovery
 from lightning_moe.cli.request import seed
 from lightning_moe.cli.round_options import RoundOptions
 from lightning_moe.cli.score import score
@@ -28,9 +28,6 @@ from lightning_moe.pruning.schedule import Spacing
 from lightning_moe.search.diep import Score
 from lightning_moe.search.objective import Target
 from lightning_moe.search.relaxation import Relaxation
-
-NEXT_TOKEN = Recovery()
-"""Tuning as MC-Suite does it."""
 
 
 class MoETrainer(Trainer):
@@ -163,7 +160,8 @@ class MoETrainer(Trainer):
         Args:
             model: The model.
             datamodule: The calibration text.
-            out: Run folder; gets plan.json, scores.json, stats.safetensors, model/ and summary.json.
+            out: Run folder; gets plan.json, model/, summary.json, and scores.json and stats.safetensors, or with rounds
+                rounds.jsonl and figures/.
             method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean reap reap-sum
                 man msan seer trimming random), or a search as diep or diep-PRESET of `search`.
             ratio: Fraction of the experts to drop.
@@ -258,8 +256,8 @@ class MoETrainer(Trainer):
             ratios: Fractions of the experts to drop.
             scopes: Drop the same number in each layer (layer), or the lowest of all layers (global).
             seeds: How often to run what depends on a seed, as all tuning does; the first is that of --seed_everything.
-            strategies: one-shot: one cut; iterative: rounds; lottery: rounds with tuning; one-shot-tuned: one cut, tuned
-                on as many tokens as the lottery has had by then. Beside tuned ones stands the full model, tuned alike.
+            strategies: one-shot; iterative: rounds; lottery: rounds with tuning; one-shot-tuned: one cut, tuned on as
+                many tokens as the lottery has had by then. Beside tuned ones stands the full model, tuned alike.
             rounds: Rounds to the highest ratio that pass through all others, or a list of the shares gone after each;
                 1 takes the fewest equal ones. One run of them serves all ratios.
             spacing: Rounds of one size, or small ones first and last (cosine).

@@ -142,5 +142,8 @@ def fetch(package: Package, cache: Path, target: Path) -> None:
         return
     pattern = f"{package.name}_{package.version.replace(':', '%3a')}_*.deb"
     if not any(cache.glob(pattern)):
-        subprocess.run(["apt-get", "download", f"{package.name}={package.version}"], cwd=cache, check=True)
+        download = ["apt-get", "download", f"{package.name}={package.version}"]
+        if subprocess.run(download, cwd=cache).returncode:
+            subprocess.run(["apt-get", "update"], check=True)  # its list of packages may be old
+            subprocess.run(download, cwd=cache, check=True)
     subprocess.run(["dpkg-deb", "-x", str(next(cache.glob(pattern))), str(target)], check=True)

@@ -383,15 +383,52 @@ def test_killed_while_writing_it_still_ends_the_same(
 def test_half_a_save_is_passed_over(
     run: Commands, searched: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a kill leaves one where the run folder lies on another disk than the system's temporary folder."""
+    """As a kill leaves one that comes while a save is written."""
     monkeypatch.setattr(command, "SAVE_EVERY", 2)
     args = [*search_args(checkpoint, text), "--out", tmp_path]
     killed(run, 3, args)
     (save,) = tmp_path.rglob("*.ckpt")
+    assert save.name == "step-2.ckpt"
     data = save.read_bytes()
-    save.with_name("search-step=4.ckpt").write_bytes(data[: len(data) // 2])
+    save.with_name("step-4.partial").write_bytes(data[: len(data) // 2])
     said = run.ok(*args)
     assert "Going on from update 2 " in said.out
+    assert results(tmp_path) == results(searched)
+    assert not [name for name in contents(tmp_path) if "partial" in name or name.endswith("ckpt")]
+
+
+@pytest.mark.parametrize(("name", "left"), [("step-6.partial", ["step-4.ckpt"]), ("step-6.ckpt", ["step-6.ckpt"])])
+def test_killed_while_saving_it_goes_on_from_a_whole_save(
+    run: Commands,
+    searched: Path,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    left: list[str],
+) -> None:
+    """Before the new save gets its name, and after the old one is gone; there is one at any moment."""
+    monkeypatch.setattr(command, "SAVE_EVERY", 2)
+    args = [*search_args(checkpoint, text), "--out", tmp_path]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        replace, unlink = Path.replace, Path.unlink
+
+        def renamed(file: Path, target: Path) -> Path:
+            if file.name == name:
+                raise Killed
+            return replace(file, target)
+
+        def removed(file: Path, missing_ok: bool = False) -> None:
+            unlink(file, missing_ok)
+            if name.endswith("ckpt") and file.name == "step-4.ckpt":
+                raise Killed
+
+        patch.setattr(Path, "replace", renamed)
+        patch.setattr(Path, "unlink", removed)
+        run(*args)
+    assert [file.name for file in tmp_path.rglob("*.ckpt")] == left
+    assert f"Going on from update {left[0][5]} " in run.ok(*args).out
     assert results(tmp_path) == results(searched)
 
 

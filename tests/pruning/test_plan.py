@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape
-from lightning_moe.pruning.plan import VERSION, PruningPlan, load_plan
+from lightning_moe.pruning.plan import VERSION, PruningPlan, agreement, compose, cut_shapes, load_plan
 
 SHAPES = [
     LayerShape("model.layers.0.mlp", 0, 4, 2),
@@ -165,3 +168,87 @@ def test_layers_are_checked_before_the_model(tmp_path: Path) -> None:
     """The shapes say more than "another model"."""
     message = refusal(written(tmp_path, {"keep": {"model.layers.0.mlp": [0, 9]}, "model_id": "other@00"}))
     assert "expert 9" in message
+
+
+# ------------------------------------------------------------------------------------------- cuts in a row
+
+Keep = dict[str, list[int]]
+kept_ids = st.sets(st.integers(0, 9), min_size=1).map(sorted)
+plans_of_three = st.fixed_dictionaries({"a": kept_ids, "b": kept_ids, "c": kept_ids})
+
+
+@st.composite
+def cuts(draw: st.DrawFn, before: Keep) -> Keep:
+    """A cut of what ``before`` left, of some of its layers."""
+    return {
+        name: sorted(draw(st.sets(st.integers(0, len(ids) - 1), min_size=1)))
+        for name, ids in before.items()
+        if draw(st.booleans())
+    }
+
+
+def slow_cut(layers: Keep, keep: Keep) -> Keep:
+    """Take the others out of each list, one after another from behind."""
+    left = {name: list(ids) for name, ids in layers.items()}
+    for name, places in keep.items():
+        for place in reversed(range(len(left[name]))):
+            if place not in places:
+                del left[name][place]
+    return left
+
+
+@given(before=plans_of_three, data=st.data())
+def test_two_cuts_are_one(before: Keep, data: st.DataObject) -> None:
+    now = data.draw(cuts(before))
+    whole = {name: list(range(10)) for name in before}
+    assert compose(before, now) == slow_cut(slow_cut(whole, before), now)
+    assert slow_cut(whole, compose(before, now)) == slow_cut(slow_cut(whole, before), now)
+
+
+@given(before=plans_of_three, data=st.data())
+def test_cuts_in_a_row_can_be_put_together_in_any_order(before: Keep, data: st.DataObject) -> None:
+    then = data.draw(cuts(before))
+    then = before | {name: list(range(len(ids))) for name, ids in before.items()} | then  # every layer is named
+    last = data.draw(cuts(then))
+    assert compose(compose(before, then), last) == compose(before, compose(then, last))
+
+
+@given(keep=plans_of_three)
+def test_a_cut_that_drops_nothing_changes_nothing(keep: Keep) -> None:
+    assert compose(keep, {}) == compose(keep, {name: list(range(len(ids))) for name, ids in keep.items()}) == keep
+    assert compose({name: list(range(10)) for name in keep}, keep) == keep
+
+
+def test_cut_shapes_by_hand() -> None:
+    cut = cut_shapes(SHAPES, {"model.layers.1.mlp": [1, 2, 5], "model.layers.2.mlp": [0, 1, 6, 7]})
+    assert [shape.num_experts for shape in cut] == [4, 3, 4]
+    assert [shape.group_size for shape in cut] == [4, 3, 2]
+    assert [(shape.name, shape.index, shape.top_k) for shape in cut] == [(s.name, s.index, s.top_k) for s in SHAPES]
+    assert cut_shapes(SHAPES, {}) == SHAPES
+
+
+# ----------------------------------------------------------------------------------------------- agreement
+
+
+@given(one=plans_of_three, other=plans_of_three)
+def test_agreement_is_the_share_of_what_either_keeps(one: Keep, other: Keep) -> None:
+    found = agreement(one, other)
+    assert found == agreement(other, one)
+    pairs = {(name, expert) for name, ids in one.items() for expert in ids}
+    others = {(name, expert) for name, ids in other.items() for expert in ids}
+    for name, value in found.items():
+        mine, yours = ({pair for pair in all_ if name in (pair[0], "all")} for all_ in (pairs, others))
+        assert value == float(Fraction(len(mine & yours), len(mine | yours)))
+        assert (value == 1) == (mine == yours) and (value == 0) == (not mine & yours)
+    assert found.keys() == {"a", "b", "c", "all"}
+
+
+def test_agreement_by_hand() -> None:
+    """Layer a: 0 1 2 and 1 2 3 share 2 of 4. Layer b: 0 and 1 share none of 2. Together 2 of 6."""
+    one, other = {"a": [0, 1, 2], "b": [0]}, {"a": [1, 2, 3], "b": [1]}
+    assert agreement(one, other) == {"a": 0.5, "b": 0.0, "all": pytest.approx(1 / 3)}
+
+
+def test_agreement_of_layers_that_both_name() -> None:
+    assert agreement({"a": [0], "b": [0]}, {"b": [0, 1], "c": [5]}) == {"b": 0.5, "all": 0.5}
+    assert agreement({"a": [0]}, {"c": [5]}) == {"all": 1.0}

@@ -13,9 +13,13 @@ from lightning_moe.report.comparison_table import show_comparison
 
 
 def cell(
-    perplexity: float | None, seed: int | None = None, method: str = "random", ratio: float = 0.5
+    perplexity: float | None,
+    seed: int | None = None,
+    method: str = "random",
+    ratio: float = 0.5,
+    strategy: str = "one-shot",
 ) -> dict[str, Any]:
-    settings = {"method": method, "scope": "layer", "ratio": ratio, "seed": seed}
+    settings = {"method": method, "strategy": strategy, "scope": "layer", "ratio": ratio, "seed": seed}
     if perplexity is None:
         return settings | {"status": "failed", "reason": 'a comma, a "quote"', "traceback": ["line"]}
     domains = {"a b": perplexity, "c": 2 * perplexity}
@@ -36,15 +40,30 @@ def test_groups_keep_the_order_of_the_cells() -> None:
     assert [(entry["method"], entry["ratio"]) for entry in spreads(rows)] == [("b", 0.5), ("a", 0.5), ("a", 0.25)]
 
 
+def test_strategies_are_groups_of_their_own() -> None:
+    rows = [cell(1.0, 0), cell(5.0, 0, strategy="lottery"), cell(2.0, 1), cell(None, 1, strategy="lottery")]
+    one_shot, lottery = spreads(rows)
+    assert (one_shot["strategy"], one_shot["perplexity"]["mean"], one_shot["failed"]) == ("one-shot", 1.5, 0)
+    assert (lottery["strategy"], lottery["perplexity"]["mean"], lottery["failed"]) == ("lottery", 5.0, 1)
+
+
+def test_a_figure_that_some_cells_have_is_averaged_over_these() -> None:
+    rows = [cell(1.0, seed, strategy="lottery") | {"perplexity_pruned": value} for seed, value in enumerate((3.0, 5.0))]
+    (entry,) = spreads([*rows, cell(1.0, 2, strategy="lottery"), cell(None, 3, strategy="lottery")])
+    assert (entry["perplexity_pruned"]["mean"], entry["perplexity_pruned"]["max"], entry["cells"]) == (4.0, 5.0, 3)
+    assert entry["load_cv"] == {"mean": None, "std": None, "min": None, "max": None}
+
+
 def test_huge_perplexities_are_numbers() -> None:
     (entry,) = spreads([cell(1e304, 0), cell(1e-3, 1)])
     assert entry["perplexity"]["std"] > 1e303
 
 
 def test_failed_cells_have_a_line_too(tmp_path: Path) -> None:
-    write_csv(tmp_path / "table.csv", [cell(None, 0), cell(2.5, 1)])
+    write_csv(tmp_path / "table.csv", [cell(None, 0, strategy="lottery"), cell(2.5, 1)])
     with (tmp_path / "table.csv").open(newline="") as stream:
         failed, done = csv.DictReader(stream)
+    assert (failed["strategy"], done["strategy"]) == ("lottery", "one-shot")
     assert (failed["status"], failed["reason"], failed["perplexity"]) == ("failed", 'a comma, a "quote"', "")
     assert (done["perplexity/a b"], done["perplexity/c"], done["plan"]) == ("2.5", "5.0", '{"x": [0, 3]}')
 
@@ -61,3 +80,18 @@ def test_table_of_anything(capsys: pytest.CaptureFixture[str]) -> None:
     assert "…" not in said
     assert all(text in said for text in ("10%", "75%", "8.00", "9.00", "6.173e+04 ± 8.729e+04", "(1 failed)", "failed"))
     show_comparison(spreads([cell(8.0, None, "full", 0.0)]))
+
+
+def test_table_of_strategies(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line each; the full model as it is on top, and tuned among the others, never the best of a ratio."""
+    rows = [cell(8.0, None, "full", 0.0)]
+    rows += [cell(9.0, None, "reap"), cell(7.0, 0, "reap", strategy="lottery"), cell(6.0, 0, "full", strategy="tuned")]
+    show_comparison(spreads(rows))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "\u2502" in line]
+    words = [[word.strip() for word in line.strip("\u2502").split("\u2502")] for line in lines]
+    assert [line[:4] for line in words] == [
+        ["full model", "", "", "8.00"],
+        ["reap", "one-shot", "layer", "9.00"],
+        ["reap", "lottery", "layer", "7.00"],
+        ["full model", "tuned", "", "6.00"],
+    ]

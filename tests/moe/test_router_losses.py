@@ -1,0 +1,363 @@
+"""The routers' losses equal token-by-token references, and attached to a forward they train as if added by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from lightning_moe.moe.layers import MoELayer, find_moe_layers
+from lightning_moe.moe.router_losses import attach_loss, load_balance_loss, router_z_loss
+from lightning_moe.moe.routing import Routing, record_routing, rewrite_weights
+from lightning_moe.moe.surgery import keep_experts
+from tests.helpers import reference
+from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.plans import fewest_plan, non_uniform_plan
+
+LOSSES = (load_balance_loss, router_z_loss)
+
+
+def routing(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> Routing:
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = 2 * torch.randn(num_tokens, num_experts, generator=generator)
+    weights_TK, ids_TK = logits_TE.softmax(-1).topk(top_k)
+    return Routing(logits_TE, weights_TK, ids_TK)
+
+
+def mean_loss(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tensor:
+    """The load-balance loss of a model: the mean over its layers."""
+    return torch.stack([load_balance_loss(one, mask_T) for one in routings]).mean()
+
+
+def slow(routings: list[Routing], mask_T: Tensor | None = None) -> float:
+    num_tokens = routings[0].logits_TE.shape[0]
+    counted = [True] * num_tokens if mask_T is None else mask_T.bool().tolist()
+    return reference.load_balance([(r.logits_TE.tolist(), r.expert_ids_TK.tolist()) for r in routings], counted)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    num_tokens=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_the_loss_equals_the_reference(sizes: list[int], num_tokens: int, seed: int, data: st.DataObject) -> None:
+    """Layers of different sizes and top_k, with and without a mask."""
+    routings = [routing(num_tokens, size, data.draw(st.integers(1, size)), seed + i) for i, size in enumerate(sizes)]
+    assert float(mean_loss(routings)) == pytest.approx(slow(routings), rel=1e-5)
+    mask = data.draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens).filter(any))
+    for mask_T in (torch.tensor(mask), torch.tensor(mask).long(), torch.tensor(mask).float()):
+        assert float(mean_loss(routings, mask_T)) == pytest.approx(slow(routings, mask_T), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (8, 2, 5)])
+def test_even_routing_costs_one(sizes: tuple[int, ...]) -> None:
+    """Equal logits, and each expert chosen as often as any other, whatever their number."""
+    routings = []
+    for size in sizes:
+        ids_TK = torch.arange(40)[:, None] % size
+        routings.append(Routing(torch.zeros(40, size), torch.ones(40, 1), ids_TK))
+    assert float(mean_loss(routings)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_all_to_one_expert_costs_the_number_of_experts() -> None:
+    logits_TE = torch.full((10, 5), -50.0)
+    logits_TE[:, 3] = 50.0
+    collapsed = Routing(logits_TE, torch.ones(10, 1), torch.full((10, 1), 3))
+    assert float(load_balance_loss(collapsed)) == pytest.approx(5.0, abs=1e-5)
+
+
+def test_the_loss_by_hand() -> None:
+    """Two tokens, two experts, top-1, both to expert 0 with probabilities 3/4 and 1/2:
+    f = (1, 0), p = (5/8, 3/8), so 2 * 5/8 = 5/4."""
+    logits_TE = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+    assert float(load_balance_loss(Routing(logits_TE, torch.ones(2, 1), torch.zeros(2, 1).long()))) == 1.25
+
+
+def test_masked_tokens_change_nothing() -> None:
+    whole = routing(12, 6, 2)
+    mask_T = torch.tensor([1] * 7 + [0] * 5)
+    part = Routing(whole.logits_TE[:7], whole.weights_TK[:7], whole.expert_ids_TK[:7])
+    torch.testing.assert_close(load_balance_loss(whole, mask_T), load_balance_loss(part))
+
+
+def test_a_mask_of_nothing_is_no_loss() -> None:
+    assert float(load_balance_loss(routing(6, 4, 2), torch.zeros(6))) == 0
+
+
+def test_permuting_experts_does_not_change_the_loss() -> None:
+    whole, order = routing(20, 6, 2), torch.tensor([4, 2, 0, 5, 1, 3])
+    moved = Routing(whole.logits_TE[:, order], whole.weights_TK, order.argsort()[whole.expert_ids_TK])
+    torch.testing.assert_close(load_balance_loss(moved), load_balance_loss(whole))
+
+
+def test_without_padding_it_is_the_loss_of_transformers_times_a_constant() -> None:
+    """Theirs counts assignments per token, so it is ``top_k`` times larger, and it joins the tokens of all layers,
+    which for one layer is the same."""
+    one = routing(30, 8, 2)
+    theirs = load_balancing_loss_func((one.logits_TE,), num_experts=8, top_k=2)
+    torch.testing.assert_close(2 * load_balance_loss(one), theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_the_routers(family: str) -> None:
+    """Of every layer of a non-uniform model, and only through the probabilities: ``f`` is a count."""
+    model = tiny_model(family)
+    keep_experts(model, non_uniform_plan(model))
+    layers = find_moe_layers(model)
+    routings: dict[str, Routing] = {}
+    with record_routing(layers, lambda layer, routing: routings.update({layer.name: routing})):
+        model(tiny_batch(length=8))
+    loss = mean_loss(list(routings.values()))
+    assert loss.item() == pytest.approx(slow(list(routings.values())), rel=1e-4)
+    loss.backward()
+    for layer in layers:
+        assert layer.router_weight.grad is not None and layer.router_weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in layers[-1].experts.parameters())
+
+
+def test_the_gradient_of_the_logits_is_that_of_the_formula() -> None:
+    """With ``f`` held: d loss / d logit = E / T * p_e * (f_e - sum_i f_i p_i), layer by layer."""
+    one = routing(9, 5, 2)
+    logits_TE = one.logits_TE.clone().requires_grad_()
+    load_balance_loss(Routing(logits_TE, one.weights_TK, one.expert_ids_TK)).backward()
+    for t in range(9):
+        p = reference.softmax(one.logits_TE[t].tolist())
+        f = [one.expert_ids_TK.flatten().tolist().count(expert) / 18 for expert in range(5)]
+        middle = reference.dot(f, p)
+        expected = torch.tensor([5 / 9 * p[e] * (f[e] - middle) for e in range(5)])
+        torch.testing.assert_close(logits_TE.grad[t], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_16_bit_training_loses_nothing() -> None:
+    """Under autocast a product of matrices would be rounded to 8 bits; a loss must not be."""
+    one, mask_T = routing(200, 8, 2), torch.arange(200) % 3 > 0
+    for loss in LOSSES:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss(one, mask_T)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, loss(one, mask_T), rtol=1e-6, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------- z-loss
+
+
+def slow_z(one: Routing, counted: Sequence[bool]) -> float:
+    """Token by token, eq. 5 of ST-MoE."""
+    squares = [
+        math.log(sum(math.exp(logit) for logit in row)) ** 2
+        for row, counts in zip(one.logits_TE.tolist(), counted, strict=True)
+        if counts
+    ]
+    return sum(squares) / len(squares)
+
+
+@given(num_tokens=st.integers(1, 12), size=st.integers(1, 8), seed=st.integers(0, 99), data=st.data())
+def test_the_z_loss_equals_the_reference(num_tokens: int, size: int, seed: int, data: st.DataObject) -> None:
+    one = routing(num_tokens, size, 1, seed)
+    assert float(router_z_loss(one)) == pytest.approx(slow_z(one, [True] * num_tokens), rel=1e-4, abs=1e-6)
+    mask = data.draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens).filter(any))
+    for mask_T in (torch.tensor(mask), torch.tensor(mask).long(), torch.tensor(mask).float()):
+        assert float(router_z_loss(one, mask_T)) == pytest.approx(slow_z(one, mask), rel=1e-4, abs=1e-6)
+
+
+def test_the_z_loss_by_hand() -> None:
+    """Two tokens whose exponentials sum to 4 and to 1: (log(4)^2 + 0^2) / 2."""
+    logits_TE = torch.tensor([[3.0, 1.0], [0.5, 0.5]]).log()
+    one = Routing(logits_TE, torch.ones(2, 1), torch.zeros(2, 1).long())
+    assert float(router_z_loss(one)) == pytest.approx(math.log(4) ** 2 / 2, rel=1e-6)
+
+
+def test_the_z_loss_has_its_least_at_a_log_sum_of_zero() -> None:
+    """Only the scale of the logits counts, not their spread: shifting each token's to ``logsumexp`` 0 costs nothing."""
+    one = routing(20, 6, 2)
+    shifted_TE = one.logits_TE - one.logits_TE.logsumexp(-1, keepdim=True)
+    assert float(router_z_loss(Routing(shifted_TE, one.weights_TK, one.expert_ids_TK))) == pytest.approx(0, abs=1e-10)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    one = Routing(torch.full((4, 8), 1e4), torch.ones(4, 1), torch.zeros(4, 1).long())
+    assert float(router_z_loss(one)) == pytest.approx((1e4 + math.log(8)) ** 2, rel=1e-6)
+    half = Routing(one.logits_TE.half(), one.weights_TK.half(), one.expert_ids_TK)
+    assert math.isfinite(float(router_z_loss(half)))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_changes_nothing(loss: Callable[..., Tensor]) -> None:
+    """Neither its loss nor its gradient, and padding itself has no gradient."""
+    whole = routing(12, 6, 2)
+    mask_T = torch.tensor([1] * 7 + [0] * 5)
+    padded_TE, alone_TE = whole.logits_TE.clone().requires_grad_(), whole.logits_TE[:7].clone().requires_grad_()
+    padded = loss(Routing(padded_TE, whole.weights_TK, whole.expert_ids_TK), mask_T)
+    alone = loss(Routing(alone_TE, whole.weights_TK[:7], whole.expert_ids_TK[:7]))
+    torch.testing.assert_close(padded, alone)
+    padded.backward()
+    alone.backward()
+    torch.testing.assert_close(padded_TE.grad[:7], alone_TE.grad)
+    assert padded_TE.grad[7:].eq(0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient(loss: Callable[..., Tensor]) -> None:
+    one = routing(6, 4, 2)
+    logits_TE = one.logits_TE.clone().requires_grad_()
+    value = loss(Routing(logits_TE, one.weights_TK, one.expert_ids_TK), torch.zeros(6))
+    value.backward()
+    assert value.item() == 0
+    assert logits_TE.grad.eq(0).all()
+
+
+# ------------------------------------------------------------------------------- attaching to a forward
+
+SCALE = 0.3
+
+
+def step_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    torch.manual_seed(3)  # PhiMoE draws random numbers while it trains
+    loss: Tensor = model(ids, use_cache=False).logits.float().log_softmax(-1)[..., 5].square().mean()
+    return loss
+
+
+def auxiliary(layers: Sequence[MoELayer], routing: Routing) -> Tensor:
+    return (load_balance_loss(routing) + 0.1 * router_z_loss(routing)) / len(layers)
+
+
+def training_model(family: str, recompute: bool) -> PreTrainedModel:
+    model = tiny_model(family)
+    keep_experts(model, non_uniform_plan(model))
+    model.train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_attached_loss_trains_as_one_that_is_added(family: str, recompute: bool) -> None:
+    """Bit by bit the same forward, and the gradients of ``loss + scale * auxiliary`` for every weight."""
+    ids = tiny_batch(length=12)
+    added, attached = training_model(family, recompute), training_model(family, recompute)
+    layers, routings = find_moe_layers(added), []
+    with record_routing(layers, lambda _, routing: routings.append(routing)):
+        loss = step_loss(added, ids)
+    (loss + SCALE * sum(auxiliary(layers, one) for one in routings)).backward()
+
+    own = find_moe_layers(attached)
+    with rewrite_weights(own, lambda _, one: attach_loss(one.weights_TK, auxiliary(own, one), SCALE)):
+        carried = step_loss(attached, ids)
+        carried.backward()
+    assert torch.equal(carried, loss)
+
+    expected, found = gradients(added), gradients(attached)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+    plain = training_model(family, recompute)  # the auxiliary loss is really in it
+    step_loss(plain, ids).backward()
+    for layer, bare in zip(own, find_moe_layers(plain), strict=True):
+        assert not torch.allclose(layer.router_weight.grad, bare.router_weight.grad, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_an_attached_loss_suits_every_way_to_run_experts(implementation: str) -> None:
+    found = []
+    for attach in (False, True):
+        model = training_model("mixtral", recompute=False)
+        model.set_experts_implementation(implementation)
+        layers, ids = find_moe_layers(model), tiny_batch(length=12)
+        if attach:
+            with rewrite_weights(layers, lambda _, one, all_=layers: attach_loss(one.weights_TK, auxiliary(all_, one))):
+                step_loss(model, ids).backward()
+        else:
+            routings: list[Routing] = []
+            with record_routing(layers, lambda _, one, routings=routings: routings.append(one)):
+                loss = step_loss(model, ids)
+            (loss + sum(auxiliary(layers, one) for one in routings)).backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attaching_by_hand(dtype: torch.dtype) -> None:
+    """carrier x, loss l, both with gradients: after (2 x).sum() the gradient of x is 2, of l the scale; twice attached,
+    both count; and a loss with no way back asks for nothing."""
+    x = torch.tensor([1.0, 2.0], dtype=dtype, requires_grad=True)
+    one, two = (torch.tensor(value, requires_grad=True) for value in (5.0, 7.0))
+    carried = attach_loss(attach_loss(attach_loss(x, one, 0.25), two), torch.tensor(9.0), 3.0)
+    assert torch.equal(carried, x) and carried.dtype == dtype
+    (2 * carried).sum().backward()
+    assert x.grad.tolist() == [2, 2] and x.grad.dtype == dtype
+    assert (float(one.grad), float(two.grad)) == (0.25, 1.0)
+
+
+# ------------------------------------------------------------------------------------ rewriting weights
+
+
+def recorded(model: PreTrainedModel, ids: Tensor) -> list[Routing]:
+    routings: list[Routing] = []
+    with record_routing(find_moe_layers(model), lambda _, one: routings.append(one)), torch.no_grad():
+        model(ids)
+    return routings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewritten_weights_are_those_that_experts_get(family: str) -> None:
+    """The first layer's experts see the weights it is given, ids and logits stay, and afterwards all is as before."""
+    model, ids = tiny_model(family), tiny_batch(length=8)
+    layers, before = find_moe_layers(model), recorded(model, ids)
+    with torch.no_grad():
+        logits = model(ids).logits
+        with rewrite_weights(layers, lambda layer, routing: None):
+            assert torch.equal(model(ids).logits, logits)
+        with rewrite_weights(layers[:1], lambda layer, routing: 2 * routing.weights_TK):
+            first = recorded(model, ids)[0]
+            assert not torch.allclose(model(ids).logits, logits)
+        assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(first.weights_TK, 2 * before[0].weights_TK)
+    assert torch.equal(first.expert_ids_TK, before[0].expert_ids_TK)
+    assert torch.equal(first.logits_TE, before[0].logits_TE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_told_from_weights_where_every_expert_is_chosen(family: str) -> None:
+    """Both have the same shape then. The logits of a layer cut to ``top_k`` experts are the kept columns of before."""
+    model, ids = tiny_model(family), tiny_batch(length=8)
+    whole, keep = recorded(model, ids)[0], fewest_plan(model)
+    name = find_moe_layers(model)[0].name
+    keep_experts(model, keep)
+    cut = recorded(model, ids)[0]
+    torch.testing.assert_close(cut.logits_TE, whole.logits_TE[:, keep[name]], rtol=1e-5, atol=1e-6)
+
+
+def test_an_exception_leaves_no_hook() -> None:
+    model = tiny_model("mixtral")
+    layers = find_moe_layers(model)
+
+    def refuse(layer: MoELayer, routing: Routing) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"), rewrite_weights(layers, refuse):
+        model(tiny_batch(length=8))
+    assert not any(layer.router._forward_hooks for layer in layers)
+
+
+def test_what_a_recorder_returns_changes_nothing() -> None:
+    """A hook's result would take the place of the router's output."""
+    model, ids = tiny_model("mixtral"), tiny_batch(length=8)
+    found: dict[str, Routing] = {}
+    with torch.no_grad():
+        expected = model(ids).logits
+        with record_routing(find_moe_layers(model), lambda layer, one: found.setdefault(layer.name, one)):
+            assert torch.equal(model(ids).logits, expected)
