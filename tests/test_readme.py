@@ -33,7 +33,7 @@ def test_the_tour_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "lightning_moe").symlink_to(ROOT / "lightning_moe")
     monkeypatch.chdir(tmp_path)
     commands = [line for line in bash_lines() if line.startswith("lightning-moe ")]
-    assert len(commands) == 11
+    assert len(commands) == 13
     for command in commands:
         main(shlex.split(command)[1:])
     for python in re.findall(r"```python\n(from transformers.*?)```", README, flags=re.DOTALL):

@@ -83,6 +83,8 @@ def prune_in_rounds(
     rounds = Rounds(trainer, model, data, validation, request, shapes, asked_of["model_id"], folder)
     if trainer.is_global_zero:
         run.begin()
+        if data.val_path is None:
+            print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
         if rounds.records:
             print(f"Going on after round {len(rounds.records)} of an earlier run.")
 

@@ -63,7 +63,7 @@ class MoECausalLM(LightningModule):
         if self.model is not None:
             return
         if self.path is not None:
-            self.model = load_model(self.path, dtype=self.dtype_name)
+            network = load_model(self.path, dtype=self.dtype_name)
         elif self.config is not None:
             settings = dict(self.config)
             dtype = torch.float32 if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
@@ -71,18 +71,17 @@ class MoECausalLM(LightningModule):
             if model_type is None:
                 raise InputError("--model.config: no `model_type` in it.")
             config = AutoConfig.for_model(model_type, **settings)
-            self.model = new_model(config, dtype)
+            network = new_model(config, dtype)
         else:
             raise InputError(
                 "no model: give --model.path a folder or hub id, or --model.config the settings of a new one."
             )
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()  # loading leaves it in evaluation mode, and Lightning keeps what it finds
-        self.moe_layers = find_moe_layers(self.model)
+        self.adopt(network.train())  # loading leaves it in evaluation mode, and Lightning keeps what it finds
 
     def adopt(self, network: PreTrainedModel) -> MoECausalLM:
         """Hold a model that is there already, in place of making or loading one; returns itself."""
+        if self.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
         self.model, self.moe_layers = network, find_moe_layers(network)
         return self
 
