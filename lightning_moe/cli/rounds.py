@@ -224,8 +224,7 @@ class Rounds:
         return as_moment(figures)
 
     def _tuning_text(self, turn: int) -> TextDataModule:
-        # As many windows as all rounds need, so that none is seen twice where there is enough text; each round in an
-        # order of its own.
+        # As many windows as all rounds together need; each round draws from them in an order of its own.
         total = sum(self.request.schedule.tokens)
         return self.data.training(self.request.tune_path, total, self.request.seed + 1009 * turn)
 

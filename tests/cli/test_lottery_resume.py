@@ -26,17 +26,18 @@ from lightning_moe.cli.main import main
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.modules.router_distillation import RouterDistillation
 from lightning_moe.search.presets import PRESETS
-from tests.helpers.checkpoint import Commands, contents, read
+from tests.helpers.checkpoint import Commands, contents, read, write_text
 
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 SEQ_LEN = 16
 ROOT = Path(__file__).parents[2]
-CALIBRATION_BATCHES = 4
+SHORT = 300
+"""Characters of the short text."""
 
 RUNS: dict[str, tuple[object, ...]] = {
     "lottery": ("--rounds", 2, "--finetune_tokens", 4 * SEQ_LEN),  # 2 steps, then 4
     "accumulated": ("--rounds", 2, "--finetune_tokens", 8 * SEQ_LEN, "--recovery.batch_tokens", 4 * SEQ_LEN),
-    "many epochs": ("--rounds", 2, "--finetune_tokens", 16 * SEQ_LEN, "--recovery.batch_tokens", 6 * SEQ_LEN),
+    "many epochs": ("--rounds", 2, "--finetune_tokens", 16 * SEQ_LEN, "--recovery.batch_tokens", 4 * SEQ_LEN),
     "global": ("--rounds", 2, "--finetune_tokens", 4 * SEQ_LEN, "--scope", "global", "--recovery.z_loss", 0.01),
     "router-kd": ("--rounds", 2, "--finetune_tokens", 4 * SEQ_LEN, "--recovery.kind", "router-kd"),
     "diep": ("--rounds", 2, "--finetune_tokens", 4 * SEQ_LEN, "--method", "diep", "--scope", "global"),
@@ -48,8 +49,8 @@ RUNS: dict[str, tuple[object, ...]] = {
 
 
 def args_of(name: str, checkpoint: Path, text: Path, out: Path, batch_size: int = 2) -> list[str]:
-    short = text / "short.txt" if name == "many epochs" else text / "harbour.txt"
-    data = ["--data.path", short, "--data.seq_len", SEQ_LEN, "--data.samples", 8, "--data.batch_size", batch_size]
+    calibration = text.with_name("short") / "short.txt" if name == "many epochs" else text / "harbour.txt"
+    data = ["--data.path", calibration, "--data.seq_len", SEQ_LEN, "--data.samples", 8, "--data.batch_size", batch_size]
     measured = ["--data.val_path", text / "island.txt", "--data.val_samples", 3]
     cut = () if "--method" in RUNS[name] else ("--method", "ean")
     all_args = ["prune", *QUIET, "--model.path", checkpoint, *data, *measured, *cut, *RUNS[name], "--out", out]
@@ -116,20 +117,13 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_draw", lambda folder, records: None)
 
 
-@pytest.fixture(scope="module")
-def short_text(text: Path) -> Path:
-    """Beside the other files a text of 7 windows: 3 batches an epoch."""
-    words = (text / "harbour.txt").read_text()[:310]
-    (text / "short.txt").write_text(words)
-    return text
-
-
 Whole = Callable[[str], tuple[Path, Work]]
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint: Path, text: Path, short_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Unbroken runs by name, and their work; each is made once."""
+def whole(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Unbroken runs by name, and their work; each is made once. One needs a text of 7 windows: 3 batches an epoch."""
+    write_text(text.with_name("short") / "short.txt", [(text / "harbour.txt").read_text()[:SHORT]])
     made: dict[str, tuple[Path, Work]] = {}
 
     def run(name: str) -> tuple[Path, Work]:
@@ -167,7 +161,7 @@ def assert_ends_alike(one: Path, other: Path) -> None:
     mine, yours = weights(one), weights(other)
     assert mine.keys() == yours.keys()
     assert [name for name in mine if not torch.equal(mine[name], yours[name])] == []
-    assert {name for name in contents(one)} == {name for name in contents(other)}
+    assert set(contents(one)) == set(contents(other))
 
 
 def die(run: Commands, args: list[str], where: str, call: int, *, after: bool = False) -> Work:
@@ -204,10 +198,11 @@ EXPORT = "lightning_moe.cli.lottery:save_model"
 CUT = "lightning_moe.cli.lottery:compact_checkpoint"
 OWN_RECORDS = "lightning_moe.cli.lottery:write_records"
 PLAN = "lightning_moe.pruning.plan:PruningPlan.save"
+CHECKPOINT = "lightning.pytorch.trainer.trainer:Trainer.save_checkpoint"
 FINISH = "lightning_moe.cli.run_folder:RunFolder.finish"
 
 MOMENTS: list[tuple[str, str, int, int, int]] = [
-    # run, where, call, batches tuned on before, batches observed before, of which nothing is repeated
+    # run, where, call, batches tuned on and batches observed that are not done again
     ("lottery", OBSERVE, 2, 0, 0),
     ("lottery", OBSERVE, 6, 2, 4),
     ("lottery", MEASURE, 1, 0, 4),
@@ -267,6 +262,7 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
     tuned: int,
     observed: int,
 ) -> None:
+    """``tuned`` and ``observed`` batches are not done again."""
     unbroken, work = whole(name)
     args = args_of(name, checkpoint, text, tmp_path)
     died = die(run, args, where, call)
@@ -278,18 +274,55 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
     assert rest.observed == work.observed - observed
 
 
-@pytest.mark.parametrize("call", range(1, 14))
+@pytest.mark.parametrize(
+    ("where", "call", "tuned", "observed"),
+    [
+        (CHECKPOINT, 1, 0, 4),  # a save is written, but has no name yet
+        (CHECKPOINT, 4, 3, 8),
+        (WRITE_MODEL, 1, 2, 4),  # a model is written, but has no name yet
+        (WRITE_MODEL, 2, 6, 8),
+        (WRITE_MODEL, 3, 6, 8),
+        (SAVE, 1, 2, 4),
+        (PART, 4, 2, 4),
+        (RECORDS, 1, 2, 4),
+        (RECORDS, 2, 6, 8),
+        (EXPORT, 1, 6, 8),
+        (PLAN, 1, 6, 8),
+    ],
+)
+def test_killed_right_after(
+    run: Commands,
+    whole: Whole,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    where: str,
+    call: int,
+    tuned: int,
+    observed: int,
+) -> None:
+    unbroken, work = whole("lottery")
+    args = args_of("lottery", checkpoint, text, tmp_path)
+    die(run, args, where, call, after=True)
+    rest = go_on(run, args)
+    assert_ends_alike(tmp_path, unbroken)
+    assert rest.tuned == work.tuned[tuned:]
+    assert rest.observed == work.observed - observed
+
+
+@pytest.mark.parametrize("call", [2, 3, 4, 5, 6, 9, 11, 18])
 def test_killed_amid_epochs(
     run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path, call: int
 ) -> None:
-    """A text gone through several times, 3 batches an epoch; a step of 3 batches; 3 steps, then 5."""
+    """A text gone through several times, in steps of two batches; the third batch of an epoch is a step alone."""
     unbroken, work = whole("many epochs")
-    assert len({tuple(windows) for windows in work.tuned[:3]}) == 3 and len(work.tuned) > 12
+    assert len(work.tuned) == 18 and len({window for batch in work.tuned for window in batch}) == 7
     args = args_of("many epochs", checkpoint, text, tmp_path)
     die(run, args, STEP, call)
     rest = go_on(run, args)
     assert_ends_alike(tmp_path, unbroken)
-    assert rest.tuned == work.tuned[(call - 1) // 3 * 3 :]
+    done = call - 1
+    assert rest.tuned == work.tuned[done - (done % 3 == 1) :]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 5, 6])
@@ -300,18 +333,121 @@ def test_killed_in_a_search(
     unbroken, work = whole("diep")
     args = args_of("diep", checkpoint, text, tmp_path)
     die(run, args, SEARCH, call)
-    rest = go_on(run, args)
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, SEARCH, 6 - call + 2)  # it has no more than what is left to do
+        rest = go_on(run, args)
     assert_ends_alike(tmp_path, unbroken)
     assert rest.tuned == (work.tuned if call <= 3 else work.tuned[2:])
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_killed_with_half_a_model_written(
-    run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path, call: int
+@pytest.mark.parametrize(("where", "call"), [(STEP, 2), (PART, 2), (OBSERVE, 5)])
+def test_killed_again_and_again(
+    run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path, where: str, call: int
 ) -> None:
-    """The models of both rounds, and the last one."""
+    """Each process gets one step further, and in the end that is the whole way."""
+    unbroken, work = whole("lottery")
+    args, tuned, deaths = args_of("lottery", checkpoint, text, tmp_path), [], 0
+    while not (tmp_path / "prune.json").exists():
+        with pytest.MonkeyPatch.context() as patch:
+            done = Work(patch)
+            kill(patch, where, call)
+            try:
+                run.ok(*args)
+            except Killed:
+                deaths += 1
+                assert deaths < 20
+            tuned += done.tuned
+    assert deaths > 0
+    assert_ends_alike(tmp_path, unbroken)
+    assert tuned == work.tuned  # no batch was seen twice, all in their order
+
+
+def test_killed_under_overwrite(run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Replacing the results of another request goes on, too."""
+    run.ok(*args_of("iterative", checkpoint, text, tmp_path))
+    unbroken, work = whole("lottery")
+    args = [*args_of("lottery", checkpoint, text, tmp_path), "--overwrite", "true"]
+    die(run, args, STEP, 4)
+    assert not (tmp_path / "prune.json").exists()
+    assert go_on(run, args).tuned == work.tuned[3:]
+    assert_ends_alike(tmp_path, unbroken)
+
+
+def test_another_request_does_not_go_on_from_this_one(
+    run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
     unbroken, work = whole("lottery")
     args = args_of("lottery", checkpoint, text, tmp_path)
-    if call == 4:
-        with pytest.raises(AssertionError):
-            ...
+    die(run, [*args, "--finetune_lr", "0.001"], STEP, 4)
+    assert go_on(run, args).tuned == work.tuned
+    assert_ends_alike(tmp_path, unbroken)
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def train_py(*args: object) -> subprocess.Popen[str]:
+    """The program in a process of its own."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=own | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
+    )
+
+
+def kill_when(found: Callable[[], bool], wait: float, *args: object) -> None:
+    """Run, and SIGKILL so many seconds after something is there; a process that is done by then is just done."""
+    process, end = train_py(*args), time.monotonic() + 120
+    try:
+        while not found() and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        time.sleep(wait)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkill(run: Commands, checkpoint: Path, text: Path, tmp_path: Path, seed: int) -> None:
+    """Three kills in one folder, at about these moments."""
+    torch.set_num_threads(1)
+    data = ("--data.path", text, "--data.seq_len", SEQ_LEN, "--data.samples", 40, "--data.batch_size", 2)
+    tuned = ("--rounds", 2, "--finetune_tokens", 2048, "--method", "ean")
+    args = ["prune", *QUIET, "--model.path", checkpoint, *data, *tuned]
+    chance, parts = random.Random(seed), tmp_path / "parts"
+    for pattern in ("observation-*", "part.json", "round-01/model/*", "round-02/part.json")[seed:][:3]:
+        kill_when(lambda: any(parts.rglob(pattern)), 0.3 * chance.random(), *args, "--out", parts)  # noqa: B023
+    assert not (parts / "prune.json").exists()
+    run.ok(*args, "--out", parts)
+    run.ok(*args, "--out", tmp_path / "whole")
+    assert_ends_alike(parts, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lottery", "global", "router-kd"])
+def test_two_ranks_keep_what_one_with_batches_twice_as_large_keeps(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, name: str
+) -> None:
+    """Full windows, and without the load-balance loss, which is no mean over ranks."""
+    more = ["--finetune_lr", "0.001"] + ([] if name == "router-kd" else ["--recovery.load_balance", "0"])
+    two, one = (args_of(name, checkpoint, text, tmp_path / ranks, 4 // int(ranks)) for ranks in "21")
+    process = train_py(*two, *more, "--trainer.strategy=ddp", "--trainer.devices=2")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    run.ok(*one, *more)
+    assert [read(tmp_path / ranks / "prune.json")["world_size"] for ranks in "12"] == [1, 2]
+    mine, yours = records(tmp_path / "1"), records(tmp_path / "2")
+    for one_record, two_record in zip(mine, yours, strict=True):
+        for same in ("keep", "dropped", "tokens", "steps", "lr"):
+            assert one_record[same] == two_record[same], same
+        for moment, figures in one_record["perplexity"].items():
+            assert two_record["perplexity"][moment]["all"] == pytest.approx(figures["all"], rel=1e-3)
+    whole, halves = weights(tmp_path / "1"), weights(tmp_path / "2")
+    for tensor_name, tensor in whole.items():
+        torch.testing.assert_close(halves[tensor_name], tensor, rtol=1e-3, atol=1e-4)

@@ -206,20 +206,15 @@ def gradients(module: MoECausalLM, batch: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def test_gradient_checkpointing_changes_no_gradient(checkpoint: Path) -> None:
-    """Including those of the load-balance loss, whose routings are recorded once although layers run twice."""
+    """Those of the routers included, whose choice is made a second time in the backward pass."""
     ids = torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
-    found = [
-        gradients(made(MoECausalLM(str(checkpoint), load_balance=0.5, gradient_checkpointing=on)), batch_of(ids))
-        for on in (False, True)
-    ]
-    without = gradients(made(MoECausalLM(str(checkpoint), load_balance=0.0)), batch_of(ids))
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
-    routers = [name for name in without if "gate.weight" in name]
-    assert routers
-    for name in routers:  # the load-balance loss is really in it
-        assert not torch.allclose(found[0][name], without[name], rtol=1e-3, atol=0)
+    kept, recomputed = (
+        gradients(made(MoECausalLM(str(checkpoint), gradient_checkpointing=on)), batch_of(ids)) for on in (False, True)
+    )
+    assert kept.keys() == recomputed.keys()
+    assert any("gate.weight" in name for name in kept)
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize("source", ["path", "config"])
