@@ -29,7 +29,8 @@ class ExpertUsageMonitor(Callback):
     as a whole, logs it under ``expert_usage_val/...``. See ``stats.usage.load_figures`` for the figures. When a fit
     ends, the first and the last look at the same kind of text (validation, if there was any) are drawn beside each
     other, expert by expert (MC-Suite, Fig. 6): to every logger that takes figures, and to ``folder`` as
-    ``expert_usage.png`` with all looks in ``expert_usage.csv``.
+    ``expert_usage.png`` with all looks in ``expert_usage.csv``. Padding is what a batch's ``attention_mask`` says.
+    After a resume the first look is at the tokens since the resume alone.
 
     Args:
         folder: Where to write; null for the logger alone.
@@ -47,6 +48,7 @@ class ExpertUsageMonitor(Callback):
         """``train`` or ``val``, optimiser step, and what each expert got, of every look so far."""
         self._training: RouterCounts | None = None
         self._validating: RouterCounts | None = None
+        self._last = 0
         self._context, self._loop = ExitStack(), ExitStack()
 
     @property
@@ -71,6 +73,8 @@ class ExpertUsageMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._training = RouterCounts(hugging_face_model(pl_module, "ExpertUsageMonitor"))
         self._training.paused = True
+        train = [step for kind, step, _ in self.looks if kind == "train" and step <= trainer.global_step]
+        self._last = max(train, default=0)
         self._context.enter_context(self._training.attached())
 
     @override
@@ -85,11 +89,16 @@ class ExpertUsageMonitor(Callback):
         self._training.paused = True  # layers that recompute their activations route the same tokens again
 
     @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._training is not None
+        self._training.paused = False
+
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         assert self._training is not None
         self._training.paused = True
-        last = max((step for kind, step, _ in self.looks if kind == "train"), default=0)
-        if trainer.global_step >= last + self.every_n_steps:
+        if trainer.global_step >= self._last + self.every_n_steps:
+            self._last = trainer.global_step
             self._look(trainer, pl_module, self._training, "train")
 
     @override
@@ -118,7 +127,9 @@ class ExpertUsageMonitor(Callback):
         figures = {f"{prefix}/{name}": value for name, value in mean_load(taken).items()}
         for layer, count_E in taken.items():
             figures |= {f"{prefix}/{layer}/{name}": value for name, value in load_figures(count_E).items()}
-        pl_module.log_dict(figures, rank_zero_only=True)
+        pl_module.log_dict(figures, logger=False, rank_zero_only=True)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

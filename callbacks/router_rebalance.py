@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -29,7 +29,8 @@ class RouterRebalance(Callback):
 
     The losses join the backward pass at the routers, whatever the training step does; a step that computes its own
     loss needs no change. They are logged under ``router_rebalance/``. Layers may hold different numbers of experts,
-    and may lose some during the fit.
+    and may lose some during the fit. Padding is what the batch's ``attention_mask`` says, where it has one of the size
+    that the routers see.
 
     Args:
         load_balance: Weight of the load-balance loss, a mean over layers, 1 when all is even (Switch Transformer).
@@ -44,7 +45,7 @@ class RouterRebalance(Callback):
         self, load_balance: float = 0.01, z_loss: float = 0.0, bias_step: float = 0.0, train: Trained = "all"
     ) -> None:
         for name, value in (("load_balance", load_balance), ("z_loss", z_loss), ("bias_step", bias_step)):
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise InputError(f"RouterRebalance: {name} {value}: 0 or more.")
         if train not in ("all", "routers", "routers+norms"):
             raise InputError(f"RouterRebalance: train {train!r}: one of all, routers, routers+norms.")
@@ -53,14 +54,25 @@ class RouterRebalance(Callback):
         self._counts: RouterCounts | None = None
         self._mask_T: Tensor | None = None
         self._scale = 1.0
+        self._training = self._backward = False
+        self._forwarded: set[str] = set()
         self._losses: dict[str, list[Tensor]] = {}
         self._frozen: list[nn.Parameter] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Before optimisers and DDP look at the weights, where the model is made already.
-        if stage == "fit" and holds_hugging_face_model(pl_module):
-            self._freeze(pl_module)
+        """Freeze as soon as the model is there: optimisers and DDP look at the weights before any later hook."""
+        if stage != "fit" or self.train == "all":
+            return
+        configure = pl_module.configure_model
+
+        def configure_and_freeze() -> None:
+            vars(pl_module).pop("configure_model")
+            configure()
+            if holds_hugging_face_model(pl_module):
+                self._freeze(pl_module)
+
+        vars(pl_module)["configure_model"] = configure_and_freeze
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,20 +95,24 @@ class RouterRebalance(Callback):
         mask = batch_mask(batch)
         self._mask_T = None if mask is None else mask.flatten()
         assert self._counts is not None
-        self._counts.paused = False
+        self._backward = False
         self._counts.next_batch(mask)
-        precision = trainer.precision_plugin
-        scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         # As the loss of the step is: divided by the batches of a step, multiplied by the scaler of 16-bit training.
         self._scale = (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
         self._losses = {}
+        self._training, self._forwarded = True, set()
 
     def _watch(self, layer: MoELayer, routing: Routing) -> Tensor | None:
         assert self._counts is not None
-        if not layer.router.training or not torch.is_grad_enabled():
+        if not self._training or not torch.is_grad_enabled():
             return None
+        # A layer that recomputes its activations routes the same tokens again; reentrant, only then with a graph.
+        again = self._backward and layer.name in self._forwarded
+        if not self._backward:
+            self._forwarded.add(layer.name)
         biases = self.bias_step and layer.correction_biases
-        if biases:
+        if biases and not again:
             self._counts.add(layer, routing)
         if not routing.weights_TK.requires_grad:
             return None
@@ -110,7 +126,7 @@ class RouterRebalance(Callback):
         ):
             if weight:
                 value = loss(routing, mask_T)
-                if not self._counts.paused:
+                if not again:
                     self._losses.setdefault(name, []).append(value.detach())
                 weights_TK = attach_loss(weights_TK, value, self._scale * weight / len(self._counts.layers))
         return None if weights_TK is routing.weights_TK else weights_TK
@@ -118,12 +134,12 @@ class RouterRebalance(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         assert self._counts is not None
-        self._counts.paused = True  # layers that recompute their activations route the same tokens again
+        self._backward = True
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._counts is not None
-        self._counts.paused = False
+        self._backward, self._forwarded = False, set()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -139,6 +155,7 @@ class RouterRebalance(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self._training = False
         for name, losses in self._losses.items():
             pl_module.log(f"router_rebalance/{name}", torch.stack(losses).mean())
         self._losses = {}
@@ -146,6 +163,8 @@ class RouterRebalance(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._context.close()
+        self._training = False
+        vars(pl_module).pop("configure_model", None)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen, self._counts = [], None

@@ -25,7 +25,7 @@ def load_balance_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
         0, routing.expert_ids_TK.flatten(), weight_T.repeat_interleave(routing.expert_ids_TK.shape[-1])
     )
     share_E = chosen_E / chosen_E.sum().clamp(min=1)
-    mean_E = weight_T @ probability_TE / weight_T.sum().clamp(min=1)
+    mean_E = (weight_T[:, None] * probability_TE).sum(0) / weight_T.sum().clamp(min=1)
     return num_experts * (share_E * mean_E).sum()
 
 
@@ -33,7 +33,7 @@ def router_z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of the squared log-sum-exp of the logits, which keeps them small (ST-MoE, eq. 5)."""
     square_T = routing.logits_TE.float().logsumexp(-1).square()
     weight_T = _weights(square_T, mask_T)
-    return weight_T @ square_T / weight_T.sum().clamp(min=1)
+    return (weight_T * square_T).sum() / weight_T.sum().clamp(min=1)
 
 
 def _weights(like: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -45,7 +45,10 @@ def record_routing(layers: Iterable[MoELayer], record: Callable[[MoELayer, Routi
     """Call ``record`` with every routing decision made inside the context."""
 
     def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, inputs, output: record(layer, read_routing(output, layer.num_experts))
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            record(layer, read_routing(output, layer.num_experts))
+
+        return hook
 
     handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in layers]
     try:

@@ -32,7 +32,7 @@ def load_figures(count_E: Sequence[float]) -> dict[str, float]:
         return worst | {"gini": 1 - 1 / experts, "dead": float(experts)}
     share_E = sorted(count / total for count in count_E)
     variance = sum((share - 1 / experts) ** 2 for share in share_E) / experts
-    entropy = -sum(share * math.log(share) for share in share_E if share > 0)
+    entropy = sum(share * -math.log(share) for share in share_E if share > 0) + 0.0
     ranked = sum((2 * rank - experts - 1) * share for rank, share in enumerate(share_E, start=1))
     return {
         "cv": experts * math.sqrt(variance),
