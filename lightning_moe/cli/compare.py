@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def compare(
     run = RunFolder(out, "compare", asked, overwrite)
     data.setup("predict")
     validation.setup("validate")
+    if options.tokens:
+        data.training(options.tune_path, options.tokens, 0).setup("fit")  # text that is not there is told now
     say = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_global_zero)
     if data.val_path is None:
         say.print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
@@ -224,7 +227,8 @@ class Comparison:
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
         if cell.schedule is not None:
-            records = self._rounds.of(cell, lambda: self._scored(cell)[0], self._full)
+            last = replace(cell, ratio=cell.schedule.ratios[-1])
+            records = self._rounds.of(cell, lambda: self._scored(last)[0], self._full)
             return figures_of_round(records, cell.ratio, self.path, self.shapes)
         check_ratio(self.shapes, cell.ratio, cell.scope)  # an impossible one fails before the method is run
         scores, seconds = self._scored(cell)

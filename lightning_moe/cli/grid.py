@@ -115,7 +115,12 @@ def make_grid(
     known = [_scope(name) for name in dict.fromkeys(scopes)]
     ratios = list(dict.fromkeys(ratios))
     options = options or RoundOptions()
-    plans = {name: _schedules(name, ratios, options) for name in dict.fromkeys(map(_strategy, strategies))}
+    chosen_strategies = list(dict.fromkeys(map(_strategy, strategies)))
+    if options.tokens and not any(map(_tunes, chosen_strategies)):
+        raise InputError(f"--finetune_tokens {options.tokens}: none of --strategies {list(strategies)} tunes.")
+    if options.rounds != 1 and chosen_strategies == ["one-shot"]:
+        raise InputError(f"--rounds {options.rounds}: --strategies {list(strategies)} has but one cut.")
+    plans = {name: _schedules(name, ratios, options) for name in chosen_strategies}
     all_seeds = list(range(first_seed, first_seed + seeds))
     cells = [
         Cell(method, scope, ratio, seed, strategy, plan[ratio], _recipe(plan[ratio], options))
@@ -153,7 +158,7 @@ def _schedules(strategy: str, ratios: Sequence[float], options: RoundOptions) ->
 
 def _passing(ratios: Sequence[float], options: RoundOptions) -> RoundSchedule:
     """The rounds asked for, if they pass through every ratio; with none asked, the fewest equal ones that do."""
-    counts = [options.rounds] if options.rounds != 1 else range(len(ratios), MOST_ROUNDS + 1)
+    counts = [options.rounds] if options.rounds != 1 else range(min(len(ratios), MOST_ROUNDS), MOST_ROUNDS + 1)
     for rounds in counts:
         schedule = replace(options, rounds=rounds).schedule(max(ratios))
         near = {ratio: min(schedule.ratios, key=lambda one: abs(one - ratio)) for ratio in ratios}
@@ -170,7 +175,9 @@ def _passing(ratios: Sequence[float], options: RoundOptions) -> RoundSchedule:
 def _recipe(schedule: RoundSchedule | None, options: RoundOptions) -> str:
     if schedule is None:
         return ""
-    made = {"schedule": [schedule.ratios, schedule.tokens]} | (options.asked() if any(schedule.tokens) else {})
+    made: dict[str, Any] = {"schedule": [schedule.ratios, schedule.tokens]}  # however it was asked for
+    if any(schedule.tokens):
+        made |= options.asked_tuning()
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_moe.files import write_json
 
-VERSION = 1
+VERSION = 2
 
 
 class Records:

@@ -57,14 +57,18 @@ class RoundOptions:
 
     def asked(self) -> dict[str, Any]:
         """In plain values: equal ones are the same work."""
-        tuning: dict[str, Any] = {"growth": self.growth, "lr": self.lr} | vars(self.recovery)
-        tuning["content"] = None if self.tune_path is None else content_fingerprint(self.tune_path) or self.tune_path
         return {
             "rounds": self.rounds if isinstance(self.rounds, int) else list(self.rounds),
             "spacing": self.spacing,
             "finetune_tokens": self.tokens,
-            **({f"finetune.{name}": value for name, value in tuning.items()} if self.tokens else {}),
+            **({"finetune.growth": self.growth} | self.asked_tuning() if self.tokens else {}),
         }
+
+    def asked_tuning(self) -> dict[str, Any]:
+        """What tuning is, its schedule aside."""
+        tuning: dict[str, Any] = {"lr": self.lr} | vars(self.recovery)
+        tuning["content"] = None if self.tune_path is None else content_fingerprint(self.tune_path) or self.tune_path
+        return {f"finetune.{name}": value for name, value in tuning.items()}
 
 
 def train_in_float32(model: MoECausalLM) -> None:

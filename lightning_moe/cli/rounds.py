@@ -226,7 +226,8 @@ class Rounds:
     def _tuning_text(self, turn: int) -> TextDataModule:
         # As many windows as all rounds together need; each round draws from them in an order of its own.
         total = sum(self.request.schedule.tokens)
-        return self.data.training(self.request.tune_path, total, self.request.seed + 1009 * turn)
+        seed = self.request.seed + 1009 * turn
+        return self.data.training(self.request.tune_path, total, seed, self.trainer.world_size)
 
     def _tune(self, turn: int, tokens: int, seconds: dict[str, float]) -> None:
         request, place = self.request, self._place(turn)

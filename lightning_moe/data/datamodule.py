@@ -89,13 +89,14 @@ class TextDataModule(LightningDataModule):
         """A module of its own to train on the calibration windows: those that ``predict`` reads, not everything."""
         return self._alone(self.path, self.samples or DEFAULT_SAMPLES, shuffle_seed)
 
-    def training(self, path: str | None, tokens: int, shuffle_seed: int) -> TextDataModule:
+    def training(self, path: str | None, tokens: int, shuffle_seed: int, world_size: int = 1) -> TextDataModule:
         """A module of its own to train on ``path``, or the text itself: windows for so many tokens, or all there are.
 
-        They are spread evenly over the text; a shorter text is gone through again and again.
+        They are spread evenly over the text, and are enough for one step at least; a shorter text is gone through
+        again and again.
         """
-        length = self.text.tokens_NS.shape[1]
-        return self._alone(self.path if path is None else path, max(1, -(-tokens // length)), shuffle_seed)
+        windows = max(self.batch_size * world_size, -(-tokens // self.text.tokens_NS.shape[1]))
+        return self._alone(self.path if path is None else path, windows, shuffle_seed)
 
     def _alone(
         self, path: str | None, samples: int | Literal["all"] | None, shuffle_seed: int | None = None

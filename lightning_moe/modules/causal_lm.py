@@ -184,8 +184,13 @@ class MoECausalLM(LightningModule):
             lr=self.lr,
             betas=self.betas,
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(step, total))
+        trainer = self.trainer
+
+        def factor(step: int) -> float:
+            # Asked at step 0, before a resumed fit has its state, it would load the text as if nothing had been read.
+            return self.lr_factor(step, int(trainer.estimated_stepping_batches) if step else 1)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_factor(self, step: int, total: int) -> float:

@@ -74,7 +74,7 @@ def read_records(file: Path) -> list[RoundRecord]:
     if not file.exists():
         return []
     records = []
-    for line in file.read_text().splitlines():
+    for line in file.read_bytes().splitlines():
         try:
             value: Mapping[str, Any] = json.loads(line)
             if value["version"] != VERSION:

@@ -57,13 +57,18 @@ def make_schedule(
         if not ratios or sorted(set(ratios)) != ratios or not ratios[0] > 0 or ratios[-1] != ratio:
             raise InputError(
                 f"--rounds {list(rounds)}: a list must hold the shares gone after each round, ascending, and end with "
-                f"--ratio {ratio}."
+                f"the ratio asked for, {ratio}."
             )
     if first_tokens < 0:
         raise InputError(f"--finetune_tokens {first_tokens}: 0 or more.")
-    if not growth > 0:
-        raise InputError(f"--finetune_growth {growth}: above 0.")
-    tokens = [round(first_tokens * growth**turn) for turn in range(len(ratios))]
+    if not 0 < growth < math.inf:
+        raise InputError(f"--finetune_growth {growth}: above 0, and finite.")
+    try:
+        tokens = [round(first_tokens and first_tokens * growth**turn) for turn in range(len(ratios))]
+    except OverflowError as error:
+        raise InputError(
+            f"--finetune_growth {growth}: over {len(ratios)} rounds that is more tokens than can be counted."
+        ) from error
     return RoundSchedule(tuple(ratios), tuple(tokens))
 
 

@@ -46,6 +46,8 @@ def write_agreements(folder: Path, rows: Sequence[Row]) -> None:
                 names = {"method": method, "scope": scope, "ratio": ratio, "plans": [one, other]}
                 entries.append(names | {"agreement": statistics.fmean(values), "seeds": len(values)})
     if not entries:
+        for name in ("agreement.json", "agreement.png"):
+            (folder / name).unlink(missing_ok=True)
         return
     write_json(folder / "agreement.json", {"version": 1, "agreements": entries})
     save_figure(folder / "agreement.png", agreement_figure(entries))

@@ -147,8 +147,9 @@ def test_csv_json_and_files_agree(comparison: Compare) -> None:
         lines = list(csv.DictReader(stream))
     assert len(lines) == len(found["cells"]) == 1 + 2 * (1 + 3)
     for line, row in zip(lines, found["cells"], strict=True):
-        for name in ("method", "scope", "status"):
+        for name in ("method", "strategy", "scope", "status"):
             assert line[name] == (row[name] or "")
+        assert row["strategy"] == "one-shot"
         for name in (
             "ratio",
             "perplexity",

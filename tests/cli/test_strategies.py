@@ -292,6 +292,15 @@ def test_other_rounds_are_computed_where_there_are_some(again: Strategies, finis
     assert (again.counts["measured"], again.cells()) == (0, after)
 
 
+@pytest.mark.parametrize("name", [("--rounds", 2), ("--rounds", "[0.25,0.5]"), ("--spacing", "cosine")])
+def test_the_same_rounds_by_another_name_are_known(again: Strategies, finished: Path, name: tuple[object, ...]) -> None:
+    """Two rounds of a cosine are equal ones."""
+    said = again.ok(*ALL, *name)
+    assert "0 cells computed now, 33 earlier, 0 failed" in said.out
+    assert set(again.counts.values()) == {0}
+    assert again.cells() == cells_in(finished)
+
+
 def test_a_method_for_each_ratio_works_for_the_last(strategies: Strategies, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of rounds serves all ratios, so the method looks at the highest, from the first round on."""
     asked: list[float | None] = []
@@ -307,26 +316,34 @@ def test_a_method_for_each_ratio_works_for_the_last(strategies: Strategies, monk
     assert asked == [0.5, 0.5]
 
 
-def test_cells_of_a_version_without_strategies_are_taken(again: Strategies) -> None:
-    """They knew neither strategy nor load; with the same request they are still what one cut gives."""
+def test_cells_of_a_version_without_strategies_do_no_harm(again: Strategies, finished: Path) -> None:
+    """They knew neither strategy nor load; in such a folder the same command gives what it gives in a new one."""
     for file in (again.out / "cells").iterdir():
         row = read(file)
         if row["strategy"] != "one-shot":
             file.unlink()
         else:
-            file.write_text(json.dumps({name: row[name] for name in row.keys() - {"strategy", "load", "load_cv"}}))
+            kept = {name: row[name] for name in row.keys() - {"strategy", "load", "load_cv"}}
+            file.write_text(json.dumps(kept | {"version": 1}))
     shutil.rmtree(again.out / "rounds")
     again.ok(*UNTUNED)
-    assert all(row["status"] == "done" for row in again.cells().values())
+    whole = cells_in(finished)
+    assert lasting(again.cells()) == lasting({key: whole[key] for key in again.cells()})
 
 
 # -------------------------------------------------------------------------------------- kills and failures
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3, 6])
-@pytest.mark.parametrize("save_seconds", [0.0, 300.0])
+@pytest.mark.parametrize(
+    ("kill_at", "save_seconds", "lost"), [(1, 300.0, 0), (2, 0.0, 0), (3, 0.0, 0), (3, 300.0, 1), (6, 0.0, 0)]
+)
 def test_killed_while_tuning_it_goes_on(
-    strategies: Strategies, finished: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int, save_seconds: float
+    strategies: Strategies,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kill_at: int,
+    save_seconds: float,
+    lost: int,
 ) -> None:
     """Steps 1, then 2 and 3, are of the rounds of the lottery; 4, then 5 and 6, of the full model."""
     monkeypatch.setattr(rounds, "SAVE_SECONDS", save_seconds)
@@ -342,7 +359,6 @@ def test_killed_while_tuning_it_goes_on(
     assert (strategies.out / ".partial").is_dir()
     strategies.before_step = go_on
     strategies.ok(*LOTTERY)
-    lost = 0 if save_seconds == 0 else {1: 0, 2: 0, 3: 1, 6: 1}[kill_at]
     assert strategies.counts["steps"] == 6 - (kill_at - 1) + lost
     whole = cells_in(finished)
     assert lasting(strategies.cells()) == lasting({key: whole[key] for key in strategies.cells()})
