@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -289,17 +291,20 @@ class Trained:
         monkeypatch.setattr(MoECausalLM, "training_step", step)
 
 
-def test_where_there_is_enough_text_no_window_is_tuned_on_twice(
+def test_windows_of_a_round(
     run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither in one round nor in two."""
+    """Where there is enough text, there are as many as all rounds need; no round sees one twice, each has its order."""
     trained = Trained(monkeypatch)
     run.ok(*prune_args(checkpoint, text, *TUNED, "--out", tmp_path))
-    data = TextDataModule(str(text / "harbour.txt"), tokenizer=str(checkpoint), seq_len=SEQ_LEN, samples="all")
-    assert len(data.text) > 12
+    data = TextDataModule(str(text / "harbour.txt"), tokenizer=str(checkpoint), seq_len=SEQ_LEN, samples=12)
     seen = [window for batch in trained.windows for window in batch]
-    assert len(seen) == 12 and len(set(seen[:4])) == 4 and len(set(seen[4:])) == 8
-    assert len(set(seen)) == 12
+    assert len(seen) == len(data.text) == 12 and set(seen) <= set(range(12))
+    for window, row in zip(seen, trained.tokens, strict=True):
+        assert row.tolist() == data.text.tokens_NS[window].tolist()
+    first, second = seen[:4], seen[4:]
+    assert len(set(first)) == 4 and len(set(second)) == 8
+    assert first != second[:4]
 
 
 def test_text_of_its_own_to_tune_on(
@@ -391,13 +396,26 @@ def divergence(whole: Path, other: Path, data: TextDataModule) -> float:
     return float((p.exp() * (p - q)).sum(-1)[real].mean())
 
 
+def with_twins(source: Path, target: Path) -> Path:
+    """A copy in which experts 4 to 7 are 0 to 3 once more, and all matter: routers can make up for lost ones."""
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    for name, number in [(name, re.search(r"\.experts\.(\d)\.", name)) for name in weights]:
+        if number is not None:
+            twin = name.replace(number[0], f".experts.{int(number[1]) % 4}.")
+            weights[name] = load_file(source / "model.safetensors")[twin] * (4 if ".w2." in name else 1)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
 def test_router_kd_comes_nearer_to_the_whole_model(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    options = ("--rounds", 2, "--finetune_tokens", 20 * SEQ_LEN, "--recovery.kind", "router-kd", "--finetune_lr", 0.01)
-    run.ok(*prune_args(checkpoint, text, *options, "--out", tmp_path / "kd"))
-    untuned = cut_by_plan(run, checkpoint, tmp_path / "kd", tmp_path / "plan")
+    whole = with_twins(checkpoint, tmp_path / "whole")
+    tuning = ("--finetune_tokens", 60 * SEQ_LEN, "--finetune_lr", 0.03, "--recovery.kind", "router-kd")
+    run.ok(*prune_args(whole, text, "--rounds", 2, *tuning, "--method", "ecc", "--out", tmp_path / "kd"))
+    untuned = cut_by_plan(run, whole, tmp_path / "kd", tmp_path / "plan")
     data = TextDataModule(str(text / "harbour.txt"), tokenizer=str(checkpoint), seq_len=SEQ_LEN, samples=60)
-    far, near = (divergence(checkpoint, folder, data) for folder in (untuned, tmp_path / "kd" / "model"))
-    assert math.isfinite(near) and near < 0.9 * far
+    far, near = (divergence(whole, folder, data) for folder in (untuned, tmp_path / "kd" / "model"))
+    assert math.isfinite(near) and near < 0.95 * far
     assert records_of(tmp_path / "kd")[-1].made_by["recovery"] == "router-kd"
 
 
@@ -409,3 +427,112 @@ def test_the_checkpoint_is_never_touched(run: Commands, text: Path, tmp_path: Pa
     refused = run(*prune_args(folder, text, *TUNED, "--out", tmp_path))
     assert refused.code == 2 and "would be replaced" in refused.err
     assert contents(folder) == before
+
+
+# ------------------------------------------------------------------------------------------------- asking again
+
+
+def test_asking_again_does_nothing_and_another_request_is_refused(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = prune_args(checkpoint, text, *TUNED, "--out", tmp_path)
+    run.ok(*args)
+    before = contents(tmp_path)
+    trained = Trained(monkeypatch)
+    for same in ((), ("--scope", "layer", "--recovery.kind", "finetune")):
+        assert "This very request was carried out here before" in run.ok(*args, *same).out
+    for option, value, word in (
+        ("--rounds", 1, "rounds"),
+        ("--spacing", "cosine", "spacing"),
+        ("--finetune_tokens", 128, "finetune_tokens"),
+        ("--finetune_growth", 1.0, "finetune.growth"),
+        ("--finetune_lr", 0.1, "finetune.lr"),
+        ("--finetune_path", text / "island.txt", "finetune.content"),
+        ("--recovery.train", "routers", "finetune.train"),
+        ("--recovery.batch_tokens", 64, "finetune.batch_tokens"),
+        ("--recovery.load_balance", 0, "finetune.load_balance"),
+        ("--seed_everything", 1, "seed"),
+        ("--data.batch_size", 4, "data.batch_size"),
+        ("--data.val_samples", 2, "data.val_samples"),
+        ("--data.val_path", text / "harbour.txt", "data.val_path"),
+        ("--trainer.precision", "bf16-true", "precision"),
+        ("--finetune_tokens", 0, "finetune_tokens"),
+    ):
+        refused = run(*args, option, value)
+        assert refused.code == 2 and len(refused.err.splitlines()) == 1, (option, refused.err)
+        assert word in refused.err and "--overwrite" in refused.err, refused.err
+    assert contents(tmp_path) == before and not trained.windows
+    run.ok(*args, "--ratio", 0.25, "--overwrite", "true")
+    assert len(trained.windows) == 6
+    assert {len(ids) for ids in read(tmp_path / "plan.json")["keep"].values()} == {6}
+    assert [record.ratio for record in records_of(tmp_path)] == [0.125, 0.25]
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+REFUSED: dict[str, tuple[tuple[object, ...], list[str]]] = {
+    "stats": (("--rounds", 2, "--stats", "s.safetensors"), ["--stats", "rounds"]),
+    "scores": (("--rounds", 2, "--scores", "scores.json"), ["--scores", "rounds"]),
+    "plan": ((*TUNED, "--plan", "plan.json"), ["--plan", "rounds"]),
+    "merge": ((*TUNED, "--merge", "true"), ["--merge", "rounds"]),
+    "skipping": (("--rounds", 2, "--skipping", "naee"), ["--skipping", "rounds"]),
+    "tokens and stats": (("--finetune_tokens", 64, "--stats", "s.safetensors"), ["--stats"]),
+    "no rounds": (("--rounds", 0), ["--rounds 0"]),
+    "rounds below 0": (("--rounds", -2), ["--rounds -2"]),
+    "more rounds than experts go": (("--rounds", 9), ["round 1 of 9", "drops nothing"]),
+    "list out of order": (("--rounds", "[0.5, 0.25]"), ["--rounds", "ascending"]),
+    "list with another end": (("--rounds", "[0.125, 0.25]"), ["--rounds", "0.5"]),
+    "empty list": (("--rounds", "[]"), ["--rounds []", "0.5"]),
+    "too much": (("--rounds", 2, "--ratio", 0.9), ["--ratio 0.9", "possible ratios"]),
+    "ratio": (("--rounds", 2, "--ratio", 1.5), ["--ratio", "between 0 and 1"]),
+    "floor": (("--rounds", 2, "--scope", "global", "--floor", 9), ["--floor 9"]),
+    "method": (("--rounds", 2, "--method", "eann"), ["'eann'", "'ean'"]),
+    "direction": (("--rounds", 2, "--method", "diep", "--direction", "min"), ["--direction min", "diep"]),
+    "spacing": (("--rounds", 2, "--spacing", "log"), ["--spacing", "cosine"]),
+    "rate without tokens": (("--rounds", 2, "--finetune_lr", 1e-4), ["--finetune_tokens"]),
+    "rate without anything": (("--finetune_lr", 1e-4), ["--finetune_tokens"]),
+    "text without tokens": (("--finetune_path", "text"), ["--finetune_tokens"]),
+    "recovery without tokens": (("--recovery.kind", "router-kd"), ["--finetune_tokens"]),
+    "recovery, rounds": (("--rounds", 2, "--recovery.z_loss", 0.1), ["--finetune_tokens"]),
+    "what router-kd trains": ((*TUNED, "--recovery.kind", "router-kd", "--recovery.train", "routers"), ["router-kd"]),
+    "kind": ((*TUNED, "--recovery.kind", "distill"), ["--recovery.kind", "router-kd"]),
+    "tokens below 0": (("--rounds", 2, "--finetune_tokens", -5), ["--finetune_tokens -5"]),
+    "tokens below 0, one round": (("--finetune_tokens", -5), ["--finetune_tokens -5"]),
+    "growth": ((*TUNED, "--finetune_growth", 0), ["--finetune_growth 0"]),
+    "growth without end": ((*TUNED, "--finetune_growth", 1e308), ["--finetune_growth 1e+308"]),
+    "rate 0": ((*TUNED, "--finetune_lr", 0), ["--finetune_lr 0"]),
+    "rate below 0": ((*TUNED, "--finetune_lr", -1e-4), ["--finetune_lr -0.0001"]),
+    "batch": ((*TUNED, "--recovery.batch_tokens", 0), ["--recovery.batch_tokens 0"]),
+    "load balance": ((*TUNED, "--recovery.load_balance", -1), ["load_balance -1"]),
+    "z loss": ((*TUNED, "--recovery.z_loss", -1), ["z_loss -1"]),
+    "less to calibrate": ((*TUNED, "--trainer.limit_predict_batches", 1), ["--trainer.limit_predict_batches"]),
+    "less to measure": ((*ITERATIVE, "--trainer.limit_val_batches", 1), ["--trainer.limit_val_batches"]),
+    "less to tune": ((*TUNED, "--trainer.limit_train_batches", 0.5), ["--trainer.limit_train_batches"]),
+    "text to tune on": ((*TUNED, "--finetune_path", "./nowhere.txt"), ["./nowhere.txt"]),
+    "less than a batch": ((*TUNED, "--data.batch_size", 5000), ["--data.batch_size"]),
+    "validation": ((*TUNED, "--data.val_path", "./nowhere.txt"), ["./nowhere.txt"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_before_any_work(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In one line, before a model is loaded, and no file is left."""
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a model was loaded")
+
+    monkeypatch.setattr("lightning_moe.modules.causal_lm.load_model", load)
+    args, words = REFUSED[name]
+    said = run(*prune_args(checkpoint, text, "--out", tmp_path / "out", *args))
+    assert said.code == 2
+    assert len(said.err.splitlines()) == 1, said.err
+    assert all(word in said.err for word in words), said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_text_is_refused(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
+    said = run("prune", *model_args(checkpoint), *TUNED, "--out", tmp_path / "out")
+    assert said.code == 2 and len(said.err.splitlines()) == 1
+    assert "--data.path" in said.err and not (tmp_path / "out").exists()
