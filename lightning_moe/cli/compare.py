@@ -79,7 +79,8 @@ def compare(
     data.setup("predict")
     validation.setup("validate")
     if options.tokens:
-        data.training(options.tune_path, options.tokens, 0).setup("fit")  # text that is not there is told now
+        text = data.training(options.tune_path, options.tokens, 0, trainer.world_size)
+        text.check_training(trainer.world_size)
     say = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_global_zero)
     if data.val_path is None:
         say.print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")

@@ -75,8 +75,9 @@ def prune_in_rounds(
         return run.finished
     data.setup("predict")
     validation.setup("validate")
-    if options.tokens:  # text that is not there is told now
-        data.training(options.tune_path, sum(schedule.tokens), 0, trainer.world_size).setup("fit")
+    if options.tokens:
+        text = data.training(options.tune_path, sum(schedule.tokens), 0, trainer.world_size)
+        text.check_training(trainer.world_size)
     lr = options.lr_of(checkpoint_size(path)["parameters"])
     request = RoundsRequest(
         method, cut.scope, schedule, options.recovery, lr, cut.direction, cut.floor, seed(), options.tune_path

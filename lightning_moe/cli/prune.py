@@ -131,6 +131,8 @@ def prune(
             "places in these orders, not how much the experts of two layers matter."
         )
     run.begin()
+    for name in ("rounds.jsonl", "figures/rounds.png", "figures/expert_usage.png"):
+        (run.folder / name).unlink(missing_ok=True)  # of a prune in rounds that this one replaces
     started = time.perf_counter()
     entry = wanted_entry(path, stats, skipping)
     # The model first: when its weights turn out damaged, nothing is written.

@@ -68,8 +68,13 @@ class Recovery:
         """Raise ``InputError`` for what cannot be."""
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise InputError(f"--recovery.batch_tokens {self.batch_tokens}: at least 1.")
-        if self.kind == "router-kd" and self.train != "all":
-            raise InputError(f"--recovery.train {self.train}: router-kd trains the routers alone; leave it out.")
+        routers = ("train", "load_balance", "z_loss", "bias_step")
+        changed = [name for name in routers if getattr(self, name) != getattr(Recovery, name)]
+        if self.kind == "router-kd" and changed:
+            raise InputError(
+                f"--recovery.{changed[0]} {getattr(self, changed[0])}: router-kd trains the routers alone, and only "
+                "towards what the whole model said; leave it out."
+            )
         self.rebalance()
 
     def rebalance(self) -> RouterRebalance:

@@ -43,6 +43,8 @@ class RoundOptions:
     def check(self) -> None:
         """Raise ``InputError`` for options that contradict each other."""
         self.recovery.check()
+        if self.tokens < 0:
+            raise InputError(f"--finetune_tokens {self.tokens}: 0 or more.")
         if self.lr is not None and not self.lr > 0:
             raise InputError(f"--finetune_lr {self.lr}: above 0.")
         if not self.tokens and (self.recovery != Recovery() or self.tune_path is not None or self.lr is not None):

@@ -8,9 +8,11 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_moe.cli.request import model_path
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.data.teacher_cache import TeacherCache
 from lightning_moe.modules.causal_lm import Batch, MoECausalLM
+from lightning_moe.moe.checkpoints import read_config
 
 CANDIDATES = 64
 """Likely next tokens kept of each place."""
@@ -23,7 +25,8 @@ def cache_teacher(trainer: Trainer, model: MoECausalLM, text: TextDataModule, fo
     """
     text.setup("predict")
     windows, seq_len = text.text.tokens_NS.shape
-    cache = TeacherCache(folder, windows, seq_len, CANDIDATES, text.text.fingerprint)
+    vocabulary: int = read_config(model_path(model)).get_text_config().vocab_size
+    cache = TeacherCache(folder, windows, seq_len, min(CANDIDATES, vocabulary), text.text.fingerprint)
     if cache.complete:
         return cache
     model.configure_model()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lightning.pytorch import LightningDataModule
 
@@ -98,6 +98,18 @@ class TextDataModule(LightningDataModule):
         windows = max(self.batch_size * world_size, -(-tokens // self.text.tokens_NS.shape[1]))
         return self._alone(self.path if path is None else path, windows, shuffle_seed)
 
+    def check_training(self, world_size: int) -> None:
+        """Raise ``InputError`` when there is no text, or too little for one step of training."""
+        self.setup("fit")
+        if len(self.text) < self.batch_size * world_size:
+            self._refuse_too_little(world_size)
+
+    def _refuse_too_little(self, world_size: int) -> NoReturn:
+        raise InputError(
+            f"{self.path}: {len(self.text)} windows of text, but one training step takes {self.batch_size} on "
+            f"each of {world_size} ranks. Lower --data.batch_size or give more text."
+        )
+
     def _alone(
         self, path: str | None, samples: int | Literal["all"] | None, shuffle_seed: int | None = None
     ) -> TextDataModule:
@@ -147,10 +159,7 @@ class TextDataModule(LightningDataModule):
             drop_last=train,
         )
         if len(batches) == 0:
-            raise InputError(
-                f"{self.path}: {len(text)} windows of text, but one training step takes {self.batch_size} on "
-                f"each of {world_size} ranks. Lower --data.batch_size or give more text."
-            )
+            self._refuse_too_little(world_size)
         return ResumableLoader(text, batches)
 
     def setup(self, stage: str) -> None:
