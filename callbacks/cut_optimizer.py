@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import MoELayer
 from lightning_moe.moe.non_uniform import per_expert_tensors
 
@@ -59,6 +60,13 @@ def carry_state(optimizer: torch.optim.Optimizer, cut: Sequence[CutParameter]) -
 
 
 def _cut(value: Any, one: CutParameter) -> Any:
-    if not isinstance(value, Tensor) or value.shape != one.old.shape:
+    if not isinstance(value, Tensor) or value.dim() == 0:
         return value
+    if value.dim() == one.old.dim() and value.shape[one.dimension] == 1:
+        return value  # one figure for all experts, as Adafactor has some
+    if value.dim() != one.old.dim() or value.shape[one.dimension] != one.old.shape[one.dimension]:
+        raise InputError(
+            f"ExpertPruning: an optimiser's state of shape {tuple(value.shape)} for a weight of {tuple(one.old.shape)} "
+            "does not say which part is which expert's; take `optimizer: reset`."
+        )
     return value.index_select(one.dimension, torch.tensor(one.keep, device=value.device))

@@ -29,12 +29,18 @@ class ExpertObservation(Callback):
             removes it once the result is safe.
         resume: Called in ``setup`` with the number of batches that are summed already; the loader must leave them out.
         save_every: Batches between two saves.
+        stable_ranks: Whether to work out the stable ranks of all experts' matrices, which takes long for large ones.
     """
 
     def __init__(
-        self, partial: Path | None = None, resume: Callable[[int], None] | None = None, save_every: int = 25
+        self,
+        partial: Path | None = None,
+        resume: Callable[[int], None] | None = None,
+        save_every: int = 25,
+        stable_ranks: bool = True,
     ) -> None:
         self.partial, self.resume, self.save_every = partial, resume, save_every
+        self.stable_ranks = stable_ranks
         self.layers: list[LayerStats] = []
         """One per MoE layer, in the order of depth, summed over ranks; filled when the loop ends."""
         self._context = ExitStack()
@@ -88,7 +94,7 @@ class ExpertObservation(Callback):
     def _end(self) -> None:
         self._context.close()
         assert self._observation is not None
-        self.layers = self._observation.compute()
+        self.layers = self._observation.compute(self.stable_ranks)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

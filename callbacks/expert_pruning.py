@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from typing_extensions import override
 
 from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens
+from lightning_moe.callbacks.cut_checkpoint import cut_to_checkpoint
 from lightning_moe.callbacks.cut_optimizer import CutParameters, carry_state
+from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
 from lightning_moe.callbacks.in_fit_measure import in_fit_measure
 from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
 from lightning_moe.callbacks.scaled_rates import scale_rates
 from lightning_moe.criteria import Direction
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape, find_moe_layers, hugging_face_model
-from lightning_moe.moe.non_uniform import stacked_parameters
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose
@@ -90,8 +91,14 @@ class ExpertPruning(Callback):
         check_method(method)
         if direction is not None and is_search(method):
             raise InputError(f"ExpertPruning: direction {direction}: {method} is a search, no criterion; leave it out.")
-        if optimizer not in ("reset", "carry"):
-            raise InputError(f"ExpertPruning: optimizer {optimizer!r}: one of reset, carry.")
+        for name, value, known in (
+            ("optimizer", optimizer, ("reset", "carry")),
+            ("scope", scope, ("layer", "global")),
+            ("spacing", spacing, ("equal", "cosine")),
+            ("direction", direction, ("min", "max", None)),
+        ):
+            if value not in known:
+                raise InputError(f"ExpertPruning: {name} {value!r}: one of {', '.join(filter(None, known))}.")
         if not 0 <= min_lr_ratio <= 1:
             raise InputError(f"ExpertPruning: min_lr_ratio {min_lr_ratio}: between 0 and 1.")
         self.schedule = make_schedule(ratio, rounds, spacing)
@@ -141,15 +148,14 @@ class ExpertPruning(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            if trainer.world_size > 1:
-                raise InputError(
-                    f"ExpertPruning: {trainer.world_size} processes: it cuts the weights within a fit on one process "
-                    "only; `lightning-moe prune --rounds` prunes between fits, on any number."
-                )
-            # A checkpoint of a cut model is loaded before any hook of a callback could cut this one.
-            register: Any = pl_module.register_load_state_dict_pre_hook
-            self._handles.append(register(_cut_to_checkpoint))
+        if stage == "fit" and trainer.world_size > 1:
+            raise InputError(
+                f"ExpertPruning: {trainer.world_size} processes: it cuts the weights within a fit on one process "
+                "only; `lightning-moe prune --rounds` prunes between fits, on any number."
+            )
+        # A checkpoint of a cut model is loaded before any hook of a callback could cut this one.
+        register: Any = pl_module.register_load_state_dict_pre_hook
+        self._handles.append(register(cut_to_checkpoint))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,19 +163,27 @@ class ExpertPruning(Callback):
         if not self._whole:
             self._whole = [layer.shape for layer in find_moe_layers(model)]
             check_rounds(self._whole, self.schedule, self.scope, self.floor)
-        if self.trigger.due(len(self.records), 0):
-            self._round(trainer, pl_module)
-        self._watch_optimizers(trainer)
+        found = [layer.num_experts for layer in find_moe_layers(model)]
+        left = [len(ids) for ids in self.keep.values()]
+        if found != left:
+            raise InputError(
+                f"ExpertPruning: the model's layers have {found} experts, but this callback has pruned one down to "
+                f"{left}; make a new callback for a new model."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_fit_start: what the optimisers of a resumed fit know is restored only after that.
         self._step = trainer.global_step
+        self._watch_optimizers(trainer)
+        if self.trigger.due(len(self.records), 0):
+            self._round(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.trigger.unit == "tokens" or isinstance(batch, Mapping):
+        with nullcontext() if self.trigger.unit == "tokens" else suppress(TypeError):
             self.tokens += num_tokens(batch, "ExpertPruning")
         if trainer.global_step == self._step:
             return  # gradients are being accumulated, and would be lost
@@ -212,6 +226,10 @@ class ExpertPruning(Callback):
             scores = score_in_memory(model, batches_of(self.calibration), self.method, self.direction, seed)
         seconds["estimate"] = time.perf_counter() - start
         plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._whole)
+        guests: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in guests:
+            if isinstance(callback, HFCheckpoint):
+                callback.follow(trainer, pl_module)  # what has been saved is of the weights before the cut
         cut = CutParameters(find_moe_layers(model), plan.keep)
         keep_experts(model, plan.keep)
         if self.optimizer == "carry":
@@ -282,18 +300,3 @@ class ExpertPruning(Callback):
     def _cosine_factor(self) -> float:
         progress = self.trigger.progress(len(self.records), self._now)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _cut_to_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Before weights are loaded, cut the model to the experts that they are of; which ones they are does not matter."""
-    model = hugging_face_model(module, "ExpertPruning")
-    (path,) = [name for name, part in module.named_modules() if part is model][:1]
-    keep = {}
-    for layer in find_moe_layers(model):
-        experts = next(name for name, part in model.named_modules() if part is layer.experts)
-        stack = next(iter(stacked_parameters(layer.experts)))
-        stored = state_dict.get(f"{prefix}{path}.{experts}.{stack}")
-        if stored is not None and stored.shape[0] < layer.num_experts:
-            keep[layer.name] = list(range(stored.shape[0]))
-    if keep:
-        keep_experts(model, keep)

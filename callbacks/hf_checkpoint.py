@@ -44,7 +44,7 @@ class HFCheckpoint(Callback):
         self.beside_checkpoints = folder is None if beside_checkpoints is None else beside_checkpoints
         if folder is None and not self.beside_checkpoints:
             raise InputError("HFCheckpoint: nothing to export: give a folder, or leave out beside_checkpoints.")
-        self._due = False
+        self._saved: list[int | None] = []
         self._known: dict[Path, int] = {}
 
     @override
@@ -58,32 +58,28 @@ class HFCheckpoint(Callback):
         self._known = self._checkpoints(trainer)
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._due = True  # the file is not there yet; the next hook finds it before the weights change
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._follow(trainer, pl_module)
+        self.follow(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._follow(trainer, pl_module)
+        self.follow(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._follow(trainer, pl_module)
+        self.follow(trainer, pl_module)
         if trainer.is_global_zero and self.folder is not None:
             model = hugging_face_model(pl_module, "HFCheckpoint")
             save_model(model, Path(self.folder), self.tokenizer, self.dtype)
             print(f"The model is in {self.folder}.")
 
-    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export beside new checkpoints, remove what lies beside those that are gone."""
-        if not self._due or not self.beside_checkpoints:
+        # Not by on_save_checkpoint, which Lightning leaves out where only weights are saved.
+        saved = [getattr(callback, "_last_global_step_saved", None) for callback in trainer.checkpoint_callbacks]
+        if not self.beside_checkpoints or not trainer.is_global_zero or saved == self._saved:
             return
-        self._due = False
-        if not trainer.is_global_zero:
-            return
+        self._saved = saved
         found = self._checkpoints(trainer)
         for file, written in found.items():
             if self._known.get(file) != written:
@@ -96,7 +92,7 @@ class HFCheckpoint(Callback):
     def _checkpoints(self, trainer: Trainer) -> dict[Path, int]:
         """What lies in the folders of the Trainer's checkpoint callbacks, and when it was written."""
         folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
-        files = sorted(file for folder in folders if folder for file in Path(folder).glob("*.ckpt"))
+        files = sorted(file for folder in folders if folder for file in Path(folder).rglob("*.ckpt"))
         return {file: file.stat().st_mtime_ns for file in files}
 
 

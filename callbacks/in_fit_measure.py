@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import next_token_loss
 from lightning_moe.search.in_memory import evaluating, on_device
 from lightning_moe.stats.usage import RouterCounts, load_figures, mean_load
@@ -28,6 +29,8 @@ def in_fit_measure(model: PreTrainedModel, batches: Iterable[Any]) -> dict[str, 
     for name, count_E in taken.items():
         layers[name]["counts"] = count_E
     mean = loss / max(tokens, 1)
+    if not math.isfinite(mean):
+        raise InputError(f"the loss on the evaluation batches is {mean}; the model is damaged.")
     return {
         "perplexity": {"all": math.exp(min(mean, 700.0)), "loss": mean, "tokens": tokens},
         "load": {"mean": mean_load(taken), **layers},

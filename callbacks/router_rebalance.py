@@ -57,7 +57,7 @@ class RouterRebalance(Callback):
         self._training = self._backward = False
         self._forwarded: set[str] = set()
         self._losses: dict[str, list[Tensor]] = {}
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: list[str] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,9 +86,9 @@ class RouterRebalance(Callback):
             return
         model = hugging_face_model(pl_module, "RouterRebalance")
         learns = {id(parameter) for parameter in trained_parameters(model, self.train)}
-        self._frozen = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in learns]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        self._frozen = [name for name, p in pl_module.named_parameters() if p.requires_grad and id(p) not in learns]
+        for name in self._frozen:
+            pl_module.get_parameter(name).requires_grad_(False)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -165,8 +165,8 @@ class RouterRebalance(Callback):
         self._context.close()
         self._training = False
         vars(pl_module).pop("configure_model", None)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        for name in self._frozen:  # by name: pruning puts other parameters in their place
+            pl_module.get_parameter(name).requires_grad_(True)
         self._frozen, self._counts = [], None
 
     @override

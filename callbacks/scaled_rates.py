@@ -15,13 +15,23 @@ def scale_rates(optimizer: torch.optim.Optimizer, factor: Callable[[], float]) -
     """
     rates: list[float] = []
 
+    # torch calls these hooks again within a step that calls that of its parent class: only the outermost scales.
     def scale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if rates:
+            return
         rates[:] = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * factor()
 
-    def restore(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+    def restore(*args: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
+        rates.clear()
 
-    return [optimizer.register_step_pre_hook(scale), optimizer.register_step_post_hook(restore)]
+    class Restoring:
+        """Puts a step right that failed midway."""
+
+        def remove(self) -> None:
+            restore()
+
+    return [optimizer.register_step_pre_hook(scale), optimizer.register_step_post_hook(restore), Restoring()]

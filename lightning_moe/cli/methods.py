@@ -126,6 +126,8 @@ class Method:
     """Stands for whatever else decides the result; part of ``key``."""
     needs_text: bool = False
     """Whether it works on the text itself; otherwise statistics of it will do."""
+    stable_ranks: bool = True
+    """Whether it may look at the stable ranks of the weights, which are dear."""
     per_ratio: bool = False
     """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes."""
 
@@ -152,7 +154,8 @@ def _of_criterion(criterion: Criterion) -> Method:
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
         return score_experts(job.stats, criterion.name, seed=seed)
 
-    return Method(criterion.name, criterion.summary, scores, seeded=criterion.name == "random")
+    seeded = criterion.name == "random"
+    return Method(criterion.name, criterion.summary, scores, seeded, stable_ranks=criterion.stable_ranks)
 
 
 def _of_preset(preset_name: str) -> Method:

@@ -201,21 +201,20 @@ class Rounds:
         """Scores of the experts that are left, on the calibration text."""
         if turn == 1 and self._first_scores is not None:
             return self._first_scores
-        request, place = self.request, self._place(turn)
-        assert request.method is not None
+        request, method, place = self.request, self.request.method, self._place(turn)
+        assert method is not None
         identity = self.identity if turn == 1 else f"{self.identity}+{turn - 1}-rounds"
 
         def observe(model: MoECausalLM) -> Any:
             file, partial = place / "stats.safetensors", place / "observation"
-            return observe_into(
-                self.trainer, model, self.data, file, partial, identity, weights_type(self.trainer, model)
-            )
+            precision, ranks = weights_type(self.trainer, model), method.stable_ranks
+            return observe_into(self.trainer, model, self.data, file, partial, identity, precision, stable_ranks=ranks)
 
         job = Job(self.trainer, self.model, self.data, observe, identity)
-        seed = request.seed + 1009 * (turn - 1) if request.method.seeded else 0
-        if request.direction is not None and not request.method.needs_text:
-            return score_experts(job.stats, request.method.name, request.direction, seed)
-        return request.method.run(job, request.schedule.ratios[-1], seed, place / "search")
+        seed = request.seed + 1009 * (turn - 1) if method.seeded else 0
+        if request.direction is not None and not method.needs_text:
+            return score_experts(job.stats, method.name, request.direction, seed)
+        return method.run(job, request.schedule.ratios[-1], seed, place / "search")
 
     def _measured(self, seconds: dict[str, float]) -> dict[str, Any]:
         """Perplexity, and how even the load is, on the validation text."""

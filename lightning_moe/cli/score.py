@@ -80,8 +80,12 @@ def observe_into(
     identity: str,
     precision: str,
     anew: bool = False,
+    stable_ranks: bool = True,
 ) -> ModelStats:
-    """The statistics in ``file``, or those of one pass, written there; ``partial`` is for the unfinished pass."""
+    """The statistics in ``file``, or those of one pass, written there; ``partial`` is for the unfinished pass.
+
+    ``stable_ranks``: see ``weight_stats``.
+    """
     data.setup("predict")
     fingerprint = data.text.fingerprint
     stored = None if anew else _stored(file, identity, precision, fingerprint)
@@ -96,7 +100,7 @@ def observe_into(
         if batch and trainer.is_global_zero:
             print(f"Going on from batch {batch} of an earlier pass.")
 
-    observation = ExpertObservation(partial, resume)
+    observation = ExpertObservation(partial, resume, stable_ranks=stable_ranks)
     trainer.callbacks.append(observation)  # type: ignore[attr-defined]
     try:
         trainer.predict(model, datamodule=data, return_predictions=False)

@@ -29,6 +29,8 @@ class Criterion:
     """Whether the scores of two layers may be compared; a drop order within the layer may not."""
     summary: str
     function: Callable[[LayerStats, Direction, int], Tensor]
+    stable_ranks: bool = False
+    """Whether it needs those, which are dear."""
 
     def scores(self, stats: LayerStats, direction: Direction | None = None, seed: int = 0) -> Tensor:
         """Score the experts of a layer: ``(E,)``, float64, higher means keep."""
@@ -50,14 +52,19 @@ def _summary(function: Callable[..., Tensor]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
 
 
-def register(name: str, drops: Direction) -> Callable[[Callable[[LayerStats], Tensor]], Callable[[LayerStats], Tensor]]:
-    """Register ``measure(stats) -> (E,)``; experts with the ``drops`` end of it are dropped first."""
+def register(
+    name: str, drops: Direction, stable_ranks: bool = False
+) -> Callable[[Callable[[LayerStats], Tensor]], Callable[[LayerStats], Tensor]]:
+    """Register ``measure(stats) -> (E,)``; experts with the ``drops`` end of it are dropped first.
+
+    ``stable_ranks`` says that it needs them: where only other criteria are asked for, they are not made.
+    """
 
     def decorate(measure: Callable[[LayerStats], Tensor]) -> Callable[[LayerStats], Tensor]:
         def scores(stats: LayerStats, direction: Direction, seed: int) -> Tensor:
             return measure(stats) if direction == "min" else -measure(stats)
 
-        _add(Criterion(name, drops, True, _summary(measure), scores))
+        _add(Criterion(name, drops, True, _summary(measure), scores, stable_ranks))
         return measure
 
     return decorate

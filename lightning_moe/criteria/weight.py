@@ -20,7 +20,7 @@ def router_weight_norm(stats: LayerStats) -> Tensor:
     return stats.router_norm_E
 
 
-@register("wsr", drops="max")
+@register("wsr", drops="max", stable_ranks=True)
 def weight_stable_rank(stats: LayerStats) -> Tensor:
     """Stable rank, mean over the expert's matrices (WSR)."""
     return stats.stable_rank_E

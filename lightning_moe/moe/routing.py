@@ -40,13 +40,30 @@ def _logits_and_weights(output: Any, num_experts: int) -> tuple[Tensor, Tensor]:
     return logits, next(tensor for tensor in floats if tensor is not logits)
 
 
+_depth = 0
+"""Of ``unwatched`` contexts that are open."""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside the context, whoever began to watch routers outside of it sees nothing and changes nothing."""
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
 @contextmanager
 def record_routing(layers: Iterable[MoELayer], record: Callable[[MoELayer, Routing], None]) -> Iterator[None]:
     """Call ``record`` with every routing decision made inside the context."""
+    depth = _depth
 
     def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            record(layer, read_routing(output, layer.num_experts))
+            if depth == _depth:
+                record(layer, read_routing(output, layer.num_experts))
 
         return hook
 
@@ -63,9 +80,12 @@ def rewrite_weights(
     layers: Iterable[MoELayer], rewrite: Callable[[MoELayer, Routing], Tensor | None]
 ) -> Iterator[None]:
     """Let ``rewrite`` see every routing decision made inside the context and give other weights, or None for as is."""
+    depth = _depth
 
     def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if depth != _depth:
+                return None
             routing = read_routing(output, layer.num_experts)
             weights_TK = rewrite(layer, routing)
             if weights_TK is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from lightning_moe.criteria import Direction, get_criterion
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.routing import unwatched
 from lightning_moe.pruning.scores import ExpertScores, score_experts
 from lightning_moe.search.diep import DiEPSearch
 from lightning_moe.search.presets import preset
@@ -55,10 +55,15 @@ def score_in_memory(
         return ExpertScores("", "", method, shapes, module.scores(), True, {"seed": seed})
     observation = Observation(model).to(model.device)
     with evaluating(model), torch.no_grad(), observation.attached(model):
+        empty = True
         for batch in on_device(batches, model.device):
+            empty = False
             observation.next_batch(batch["input_ids"], batch["attention_mask"])
             model.base_model(**batch, use_cache=False)
-    return score_experts(ModelStats("", "", observation.compute()), method, direction, seed)
+    if empty:
+        raise InputError("no calibration batches; a generator can be read only once, and every round reads.")
+    layers = observation.compute(get_criterion(method).stable_ranks)
+    return score_experts(ModelStats("", "", layers), method, direction, seed)
 
 
 def _preset_name(method: str) -> str:
@@ -76,8 +81,7 @@ def _search(
         try:
             module.to(model.device)
             step, *_ = fabric.setup(module, *module.configure_optimizers(), move_to_device=False)
-            again = chain.from_iterable(repeat(batches))
-            for number, batch in enumerate(on_device(again, model.device)):
+            for number, batch in enumerate(on_device(_again_and_again(batches), model.device)):
                 if module.done == module.updates:
                     break
                 step.training_step(batch, number)
@@ -86,11 +90,21 @@ def _search(
     return module
 
 
+def _again_and_again(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise InputError("no calibration batches; a search reads them again and again, so no generator will do.")
+
+
 def on_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Ids and mask alone, on the device; a batch without a mask gets one of ones."""
     for batch in batches:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise InputError("calibration batches must be mappings with `input_ids`.")
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise InputError("batches must be mappings with a tensor `input_ids`.")
         ids = batch["input_ids"].to(device)
         mask = batch.get("attention_mask")
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask.to(device)}
@@ -102,7 +116,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
-        yield
+        with unwatched():
+            yield
     finally:
         for part, mode in modes.items():
             part.training = mode

@@ -84,8 +84,8 @@ class Observation:
                 setattr(stats, name, sums[f"{layer.name}:{name}"].clone())
             stats._computed = None  # or torchmetrics would answer from its cache
 
-    def compute(self) -> list[LayerStats]:
-        """All layers' statistics, on the CPU; every rank must call it."""
+    def compute(self, stable_ranks: bool = True) -> list[LayerStats]:
+        """All layers' statistics, on the CPU; every rank must call it. ``stable_ranks``: see ``weight_stats``."""
         result = []
         for layer, stats in zip(self.layers, self.stats, strict=True):
             sums: dict[str, Tensor] = {
@@ -93,5 +93,5 @@ class Observation:
                 name: value.reshape(getattr(stats, name).shape).cpu()
                 for name, value in stats.compute().items()
             }
-            result.append(LayerStats(layer.shape, **sums, **weight_stats(layer)))
+            result.append(LayerStats(layer.shape, **sums, **weight_stats(layer, stable_ranks)))
         return result

@@ -14,11 +14,14 @@ LANCZOS_STEPS = 64
 """Steps of Golub-Kahan bidiagonalisation; enough for the largest singular value to about 1e-6."""
 
 
-def weight_stats(layer: MoELayer) -> dict[str, Tensor]:
-    """The weight figures of ``LayerStats``, one expert in float32 at a time. Raises on non-finite weights."""
+def weight_stats(layer: MoELayer, stable_ranks: bool = True) -> dict[str, Tensor]:
+    """The weight figures of ``LayerStats``, one expert in float32 at a time. Raises on non-finite weights.
+
+    Without ``stable_ranks``, by far the dearest of them, these are NaN.
+    """
     num_experts = layer.num_experts
     dot_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-    rank_E = torch.zeros(num_experts, dtype=torch.float64)
+    rank_E = torch.full((num_experts,), 0.0 if stable_ranks else torch.nan, dtype=torch.float64)
     matrices = layer.expert_matrices
     for stack_EOI in matrices:
         flat = stack_EOI.detach().float().flatten(1)
@@ -29,7 +32,7 @@ def weight_stats(layer: MoELayer) -> dict[str, Tensor]:
                 f"{layer.name}: the weights of experts {broken} are not finite; the checkpoint is damaged."
             )
         dot_EE += (flat @ flat.T).double().cpu()
-        for expert in range(num_experts):
+        for expert in range(num_experts) if stable_ranks else ():
             matrix = stack_EOI[expert].detach().float()
             rank_E[expert] += stable_rank(matrix) / len(matrices)
     norm_E = dot_EE.diagonal().sqrt()

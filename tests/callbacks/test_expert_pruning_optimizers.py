@@ -1,0 +1,360 @@
+"""ExpertPruning and the optimisers of somebody's fit: what they know, what they train, and how fast."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from lightning_moe.callbacks import ExpertPruning
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.surgery import keep_experts
+from tests.callbacks.foreign_fit import (
+    Foreign,
+    Killed,
+    Look,
+    calibration,
+    counts,
+    fit,
+    loader,
+    small_model,
+    steps_of,
+)
+from tests.helpers.families import tiny_model
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True)
+
+
+def known(trainer: Trainer, module: Foreign) -> dict[str, dict[str, Tensor]]:
+    """What the optimisers hold of each parameter by now, by its name."""
+    names = {id(parameter): name for name, parameter in module.inner.named_parameters()}
+    return {
+        names[id(parameter)]: {name: torch.as_tensor(value).clone() for name, value in state.items()}
+        for optimizer in trainer.optimizers
+        for parameter, state in optimizer.state.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- carry
+
+
+@pytest.mark.parametrize("make", [adamw, momentum, torch.optim.Adam, torch.optim.Adafactor])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_carry_keeps_what_is_known_of_kept_slices(
+    tmp_path: Path, family: str, make: Callable[[Any], torch.optim.Optimizer]
+) -> None:
+    """Each tensor of the state is the old one, cut along the experts if it goes along them."""
+    before, after = Look(known), Look(known)
+    pruning = ExpertPruning(calibration(), 0.5, method="ean", start=3, optimizer="carry", scope="global")
+    module = Foreign(small_model(family), make)
+    fit(module, tmp_path, before, pruning, after)
+    old, new = before.seen[2], after.seen[2]
+    assert old.keys() == new.keys() == dict(module.inner.named_parameters()).keys()
+    cut = 0
+    for name, state in old.items():
+        assert state.keys() == new[name].keys()
+        keep = next((ids for layer, ids in pruning.keep.items() if name.startswith(f"{layer}.")), [])
+        for part, value in state.items():
+            if keep and value.dim() > 0 and value.shape[0] == 8:
+                value = value[keep]
+                cut += 1
+            assert torch.equal(new[name][part], value), (name, part)
+    assert cut >= 6
+
+
+class Blocks(torch.optim.SGD):
+    """Knows something of every eight numbers in a row, as optimisers of 8 bits do, and nothing of experts."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["scales"] = torch.ones(parameter.numel() // 8)
+        return loss
+
+
+def test_what_cannot_be_cut_is_not_carried(tmp_path: Path) -> None:
+    """Rather than be read wrongly from then on."""
+    pruning = ExpertPruning(calibration(), 0.5, method="rwn", start=2, optimizer="carry")
+    with pytest.raises(InputError, match="reset") as said:
+        fit(Foreign(small_model(), lambda parameters: Blocks(parameters, lr=0.1)), tmp_path, pruning)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("make", [adamw, momentum])
+def test_carry_goes_on_as_if_the_unused_had_never_been(
+    tmp_path: Path, make: Callable[[Any], torch.optim.Optimizer]
+) -> None:
+    """Experts that no token ever reaches: cut in the midst of a fit or before it, the rest trains alike.
+
+    Bitwise it does not: this router reckons in float32, and its matrix has fewer rows.
+    """
+
+    def model() -> PreTrainedModel:
+        network = tiny_model("dots1").train().double()
+        network.set_experts_implementation("eager")  # which knows float64
+        with torch.no_grad():
+            for layer in find_moe_layers(network):
+                (bias,) = layer.correction_biases
+                bias[[0, 3, 4, 6]] = -1e4
+        return network
+
+    whole, cut = model(), model()
+    keep = {layer.name: [1, 2, 5, 7] for layer in find_moe_layers(cut)}
+    keep_experts(cut, keep)
+    pruning = ExpertPruning(calibration(), 0.5, [0.25, 0.5], "euf", at=[2, 5], optimizer="carry")
+    one, two = (Foreign(network, make, lambda o: StepLR(o, 2, 0.5)) for network in (whole, cut))
+    fit(one, tmp_path, pruning)
+    fit(two, tmp_path)
+    assert pruning.keep == keep
+    assert one.losses == pytest.approx(two.losses, rel=1e-7)
+    for (name, left), right in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_carry_keeps_groups_and_schedules(tmp_path: Path) -> None:
+    """A group of its own for the routers stays that group; the schedule goes on."""
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        routers = {id(layer.router_weight) for layer in find_moe_layers(module.inner)}
+        mine, others = ([p for p in parameters if (id(p) in routers) == own] for own in (True, False))
+        return torch.optim.AdamW([{"params": mine, "lr": 1e-3, "weight_decay": 0.0}, {"params": others}], lr=1e-2)
+
+    module = Foreign(small_model(), make, lambda optimizer: StepLR(optimizer, 1, 0.5))
+
+    def look(trainer: Trainer, module: Foreign) -> Any:
+        groups = trainer.optimizers[0].param_groups
+        routers = [layer.router_weight for layer in find_moe_layers(module.inner)]
+        assert len(groups[0]["params"]) == len(routers)
+        assert all(left is right for left, right in zip(groups[0]["params"], routers, strict=True))
+        return [group["lr"] for group in groups]
+
+    looks = Look(look)
+    fit(module, tmp_path, ExpertPruning(calibration(), 0.5, 2, "rwn", every=2, optimizer="carry"), looks)
+    assert looks.seen == [[1e-3 * 0.5**step, 1e-2 * 0.5**step] for step in range(1, 7)]
+
+
+# ---------------------------------------------------------------------------------------------------- reset
+
+
+def test_reset_knows_nothing_and_starts_the_schedule(tmp_path: Path) -> None:
+    made: list[Any] = []
+    module = Foreign(small_model(), lambda p: made.append(adamw(p)) or made[-1], lambda o: StepLR(o, 1, 0.5))
+    looks = Look(lambda trainer, module: (len(known(trainer, module)), trainer.optimizers[0].param_groups[0]["lr"]))
+    fit(module, tmp_path, ExpertPruning(calibration(), 0.5, 2, "rwn", start=2, every=2), looks)
+    everything = len(list(module.inner.parameters()))
+    assert [state for state, _ in looks.seen] == [everything, 0, everything, 0, everything, everything]
+    assert [rate for _, rate in looks.seen] == [1e-2 * factor for factor in (0.5, 1, 0.5, 1, 0.5, 0.25)]
+    assert len(made) == 3
+
+
+def test_a_schedule_by_epochs_starts_anew_too(tmp_path: Path) -> None:
+    """The first epoch after a round is trained at the highest rate, as the first of all was."""
+    rates: list[float] = []
+
+    class Recording(Foreign):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return super().training_step(batch, batch_idx)
+
+    module = Recording(small_model(), adamw, lambda optimizer: StepLR(optimizer, 1, 0.5), "epoch")
+    pruning = ExpertPruning(calibration(), 0.25, 2, "rwn", unit="epochs", start=2, every=1)
+    fit(module, tmp_path, pruning, data=loader(1), max_epochs=5)
+    assert steps_of(pruning) == [2, 3]
+    assert rates == [1e-2 * factor for factor in (1, 0.5, 1, 1, 0.5)]
+
+
+def test_reset_is_a_new_fit(tmp_path: Path) -> None:
+    """What follows a round equals a fit of its own that starts from the weights then."""
+    moments: list[PreTrainedModel] = []
+    look = Look(lambda trainer, module: moments.append(copy.deepcopy(module.inner)))
+    module = Foreign(small_model(), adamw, lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+    fit(module, tmp_path, ExpertPruning(calibration(), 0.5, method="ean", start=2), look)
+    again = Foreign(moments[1], adamw, lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+    fit(again, tmp_path, data=DataLoader(list(loader(6))[2:], batch_size=None))  # type: ignore[arg-type]
+    assert again.losses == module.losses[2:]
+    for (name, left), right in zip(module.inner.state_dict().items(), again.inner.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+# ------------------------------------------------------------------------------------------- both of them
+
+
+class Manual(Foreign):
+    """Somebody's two optimisers, stepped by hand: the experts have their own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        both: Any = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in both:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in both:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        named = list(self.inner.named_parameters())
+        return [adamw([p for name, p in named if ("experts" in name) == own]) for own in (True, False)]
+
+
+@pytest.mark.parametrize("optimizer", ["carry", "reset"])
+@pytest.mark.parametrize("kind", [Foreign, Manual])
+def test_all_that_is_trained_is_in_the_model(tmp_path: Path, kind: type[Foreign], optimizer: Any) -> None:
+    """At every moment the optimisers hold the model's parameters, each once, and all of them move."""
+
+    def look(trainer: Trainer, module: Foreign) -> dict[str, Tensor]:
+        held = [id(p) for one in trainer.optimizers for group in one.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(parameter) for parameter in module.inner.parameters())
+        return {name: p.detach().clone() for name, p in module.inner.named_parameters()}
+
+    looks = Look(look)
+    module = Manual(small_model()) if kind is Manual else Foreign(small_model(), adamw)
+    # Each optimiser counts its own step.
+    pruning = ExpertPruning(calibration(), 0.5, 2, "ean", start=2, every=2, scope="global", optimizer=optimizer)
+    fit(module, tmp_path, pruning, looks)
+    assert len(pruning.records) == 2
+    assert sum(counts(module.inner)) == 8
+    for before, after in zip(looks.seen, looks.seen[1:], strict=False):
+        for name in before:
+            assert before[name].shape != after[name].shape or not torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["carry", "reset"])
+def test_frozen_weights_stay_frozen(tmp_path: Path, optimizer: Any) -> None:
+    model = small_model()
+    frozen = [name for name, _ in model.named_parameters() if "layers.0" in name]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    pruning = ExpertPruning(calibration(), 0.5, [0.25, 0.5], "ean", every=2, optimizer=optimizer)
+    before = model.get_parameter("model.layers.0.mlp.experts.down_proj").clone()
+    fit(Foreign(model, adamw), tmp_path, pruning)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj, before[pruning.keep["model.layers.0.mlp"]])
+
+
+# ---------------------------------------------------------------------------------------------- the cosine
+
+
+Rates = Callable[..., tuple[list[float], list[float]]]
+
+
+@pytest.fixture
+def rates_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rates:
+    """Of every step of a fit: the rate by which weights move, and that which the schedule left behind."""
+    inside: list[float] = []
+    module = importlib.import_module("torch.optim.sgd")
+    plain = module.sgd
+
+    def recorded(*args: Any, **kwargs: Any) -> None:
+        inside.append(kwargs["lr"])
+        plain(*args, **kwargs)
+
+    monkeypatch.setattr(module, "sgd", recorded)
+
+    def run(pruning: ExpertPruning | None, schedule: Any = None, kind: Any = torch.optim.SGD, **kwargs: Any) -> Any:
+        inside.clear()
+        outside = Look(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+        module = Foreign(small_model(), lambda parameters: kind(parameters, lr=0.1), schedule)
+        fit(module, tmp_path, *([] if pruning is None else [pruning]), outside, **kwargs)
+        return list(inside), outside.seen
+
+    return run
+
+
+SCHEDULES: dict[str, Callable[[Any], Any] | None] = {
+    "none": None,
+    "step": lambda optimizer: StepLR(optimizer, 1, 0.5),
+    "chained": lambda optimizer: CosineAnnealingLR(optimizer, 6, 0.01),  # goes on from the rate that it finds
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("lowest", [0.0, 0.25])
+def test_a_cosine_over_each_round(
+    rates_of: Rates, lowest: float, start: int, schedule: Callable[[Any], Any] | None
+) -> None:
+    """Within the step, a factor on what the schedule says; the schedule never knows."""
+    pruning = ExpertPruning(
+        calibration(), 0.25, 2, "rwn", start=start, every=2, optimizer="carry", cosine=True, min_lr_ratio=lowest
+    )
+    inside, outside = rates_of(pruning, schedule)
+    plain, untouched = rates_of(None, schedule)
+    assert outside == untouched
+    half = lowest + (1 - lowest) / 2
+    factors = [1.0] * start + [1, half, 1, half, lowest, lowest]
+    assert inside == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=False)])
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_cosine_with_optimisers_made_anew(rates_of: Rates, start: int) -> None:
+    pruning = ExpertPruning(calibration(), 0.25, 2, "rwn", start=start, every=4, cosine=True)
+    inside, outside = rates_of(pruning, None, data=loader(8))
+    assert outside == [0.1] * 8
+    factors = [1.0] * start + 2 * [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert inside == pytest.approx([0.1 * factor for factor in factors[:8]])
+
+
+def test_a_cosine_over_growing_rounds_of_tokens(rates_of: Rates) -> None:
+    """Progress is that of the unit: 24 tokens a step, rounds of 48 and 96."""
+    pruning = ExpertPruning(
+        calibration(), 0.25, 2, "rwn", unit="tokens", every=48, growth=2.0, optimizer="carry", cosine=True
+    )
+    inside, _ = rates_of(pruning, None)
+    factors = [(1 + math.cos(math.pi * done)) / 2 for done in (0, 1 / 2, 0, 1 / 4, 1 / 2, 3 / 4)]
+    assert inside == pytest.approx([0.1 * factor for factor in factors])
+
+
+class Child(torch.optim.SGD):
+    """Somebody's own optimiser: torch calls the hooks of a step for each class on the way."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+def test_a_step_that_calls_its_parents_is_scaled_once(rates_of: Rates) -> None:
+    rates_of(None)  # the first of its class to be made hooks the class
+    pruning = ExpertPruning(calibration(), 0.25, method="rwn", every=4, optimizer="carry", cosine=True)
+    inside, outside = rates_of(pruning, None, Child)
+    assert outside == [0.1] * 6
+    factors = [(1 + math.cos(math.pi * step / 4)) / 2 for step in (0, 1, 2, 3, 4, 4)]
+    assert inside == pytest.approx([0.1 * factor for factor in factors])
+
+
+def test_a_killed_step_leaves_the_rate_of_the_schedule(tmp_path: Path, rates_of: Rates) -> None:
+    """The forward pass runs within the step: what is saved when it fails must not hold the rate scaled."""
+    pruning = ExpertPruning(calibration(), 0.25, method="rwn", every=4, optimizer="carry", cosine=True)
+    module = Foreign(small_model(), scheduler=SCHEDULES["chained"], kill_at=2)
+    saving = ModelCheckpoint(tmp_path, save_on_exception=True, filename="killed")
+    with pytest.raises(Killed):
+        fit(module, tmp_path, pruning, saving)
+    (file,) = tmp_path.glob("*.ckpt")
+    found = torch.load(file, weights_only=False)["optimizer_states"][0]["param_groups"][0]["lr"]
+    _, untouched = rates_of(None, SCHEDULES["chained"])
+    assert found == untouched[1]
