@@ -60,8 +60,8 @@ class ExpertPruning(Callback):
         cosine: Multiply the learning rate, whatever the module's schedule makes of it, by a cosine from 1 to
             ``min_lr_ratio`` over each round.
         min_lr_ratio: Where that ends.
-        evaluation: Batches to measure perplexity and load on before and after each cut and, at the next one and the
-            end, after the training in between; null measures nothing. ``attention_mask`` says what counts.
+        evaluation: Batches to measure perplexity and load on before and after each cut and the training after it;
+            null measures nothing.
         folder: Where ``rounds.jsonl`` goes.
         seed: Of random scores and searches; each round takes another.
     """
@@ -258,7 +258,7 @@ class ExpertPruning(Callback):
                 made_by=plan.made_by | {"step": trainer.global_step},
             )
         )
-        self._write(trainer)
+        self._write()
         figures = {"experts": float(sum(map(len, keep.values()))), "ratio": self.schedule.ratios[turn - 1]}
         figures |= {f"perplexity_{name}": one["perplexity"]["all"] for name, one in measured.items() if one}
         for logger in trainer.loggers:
@@ -279,11 +279,10 @@ class ExpertPruning(Callback):
             perplexity=last.perplexity | {name: one["perplexity"] for name, one in moments.items()},
             load=last.load | {name: one["load"] for name, one in moments.items()},
         )
-        if pl_module.trainer.is_global_zero:
-            self._write(pl_module.trainer)
+        self._write()
 
-    def _write(self, trainer: Trainer) -> None:
-        if self.folder is not None and trainer.is_global_zero:
+    def _write(self) -> None:
+        if self.folder is not None:
             write_records(self.folder / "rounds.jsonl", self.records)
 
     def _measured(self, pl_module: LightningModule) -> dict[str, Any] | None:

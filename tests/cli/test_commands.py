@@ -426,8 +426,10 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     def arm(batches: int) -> dict[str, Any]:
         stock_init, stock_next = ExpertObservation.__init__, ExpertObservation._next_batch
 
-        def init(observation: ExpertObservation, partial: Path | None = None, resume: Any = None) -> None:
-            stock_init(observation, partial, resume, save_every=2)
+        def init(
+            observation: ExpertObservation, partial: Path | None = None, resume: Any = None, **kwargs: Any
+        ) -> None:
+            stock_init(observation, partial, resume, save_every=2, **kwargs)
 
         def next_batch(observation: ExpertObservation, batch: Any) -> None:
             if state["armed"] and state["seen"] == batches:
