@@ -46,10 +46,10 @@ class ExpertPruning(Callback):
         ratio: Share of all experts that is gone after the last round.
         rounds: How many rounds, or the share gone after each, ascending to ``ratio``.
         method: Any criterion, or a search: ``diep``, ``diep-PRESET``.
-        scope: Drop the same number in each layer, or the lowest of all layers.
+        scope: ``layer`` drops the same number in each, ``global`` the lowest of all.
         direction: Which end of a criterion goes; default as its paper has it.
         floor: Fewest experts a layer keeps under global scope; default is what its router needs.
-        spacing: Rounds of one size, or small ones first and last (``cosine``).
+        spacing: Rounds of one size, or small first and last.
         unit: Of the moments below: optimiser ``steps``, ``tokens`` seen, or ``epochs`` ended.
         start: Moment of the first round; 0 is the start of the fit.
         every: From the first round to the second.
@@ -63,7 +63,7 @@ class ExpertPruning(Callback):
         evaluation: Batches to measure perplexity and load on before and after each cut and the training after it;
             null measures nothing.
         folder: Where ``rounds.jsonl`` goes.
-        seed: Of random scores and searches; each round takes another.
+        seed: Of random scores and searches.
     """
 
     def __init__(
@@ -259,12 +259,11 @@ class ExpertPruning(Callback):
             )
         )
         self._write()
-        figures = {"experts": float(sum(map(len, keep.values()))), "ratio": self.schedule.ratios[turn - 1]}
+        figures = {"experts": sum(map(len, keep.values())), "ratio": self.schedule.ratios[turn - 1]}
         figures |= {f"perplexity_{name}": one["perplexity"]["all"] for name, one in measured.items() if one}
+        named = {f"expert_pruning/{name}": value for name, value in figures.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"expert_pruning/{name}": value for name, value in figures.items()}, step=trainer.global_step
-            )
+            logger.log_metrics(named, step=trainer.global_step)
 
     def _end_round(self, pl_module: LightningModule, measured: dict[str, Any] | None) -> None:
         """Add to the last record what the training after it came to."""

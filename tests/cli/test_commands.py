@@ -479,7 +479,7 @@ def test_killed_after_the_last_batch(
     state = kill_after(99)
     with monkeypatch.context() as patch:
 
-        def die(observation: Observation) -> None:
+        def die(observation: Observation, *args: Any) -> None:
             raise Killed
 
         patch.setattr(Observation, "compute", die)
