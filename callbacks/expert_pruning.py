@@ -41,8 +41,7 @@ class ExpertPruning(Callback):
     On one process; on several, prune between fits: that is what ``lightning-moe prune --rounds`` does.
 
     Args:
-        calibration: What experts are scored on: batches with ``input_ids`` and, if something is padded,
-            ``attention_mask``; see ``Batches``.
+        calibration: Batches to score on, with ``input_ids`` and, if padded, ``attention_mask``; see ``Batches``.
         ratio: Share of all experts that is gone after the last round.
         rounds: How many rounds, or the share gone after each, ascending to ``ratio``.
         method: Any criterion, or a search: ``diep``, ``diep-PRESET``.
@@ -55,10 +54,8 @@ class ExpertPruning(Callback):
         every: From the first round to the second.
         growth: Each further distance over the one before; 2 doubles the budget from round to round (MC-Suite).
         at: The moment of each round, in place of these three.
-        optimizer: ``reset`` makes the optimisers and schedulers anew after each round, as the module configures them;
-            ``carry`` keeps what they know of the weights that stay.
-        cosine: Multiply the learning rate, whatever the module's schedule makes of it, by a cosine from 1 to
-            ``min_lr_ratio`` over each round.
+        optimizer: ``reset`` makes optimisers and schedulers anew after each round; ``carry`` keeps what they know.
+        cosine: Multiply the learning rate, whatever the schedule makes of it, by a cosine from 1 down over each round.
         min_lr_ratio: Where that ends.
         evaluation: Batches to measure perplexity and load on before and after each cut and the training after it;
             null measures nothing.
@@ -118,6 +115,7 @@ class ExpertPruning(Callback):
         self._whole: list[LayerShape] = []
         self._step = self._epochs = self._tokens_at_round = 0
         self._handles: list[Any] = []
+        self._rates: list[Any] = []
 
     @property
     @override
@@ -150,8 +148,8 @@ class ExpertPruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1:
             raise InputError(
-                f"ExpertPruning: {trainer.world_size} processes: it cuts the weights within a fit on one process "
-                "only; `lightning-moe prune --rounds` prunes between fits, on any number."
+                f"ExpertPruning: {trainer.world_size} processes: within a fit it cuts the weights on one only; "
+                "`lightning-moe prune --rounds` prunes between fits, on any number."
             )
         # A checkpoint of a cut model is loaded before any hook of a callback could cut this one.
         register: Any = pl_module.register_load_state_dict_pre_hook
@@ -203,9 +201,9 @@ class ExpertPruning(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for handle in self._handles:
+        for handle in (*self._rates, *self._handles):
             handle.remove()
-        self._handles = []
+        self._handles, self._rates = [], []
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -291,9 +289,11 @@ class ExpertPruning(Callback):
             return in_fit_measure(hugging_face_model(pl_module, "ExpertPruning"), batches_of(self.evaluation))
 
     def _watch_optimizers(self, trainer: Trainer) -> None:
-        if self.cosine:
-            for optimizer in trainer.optimizers:
-                self._handles += scale_rates(optimizer, self._cosine_factor)
+        for handle in self._rates:  # they hold on to the optimisers before
+            handle.remove()
+        self._rates = []
+        for optimizer in trainer.optimizers if self.cosine else ():
+            self._rates += scale_rates(optimizer, self._cosine_factor)
 
     def _cosine_factor(self) -> float:
         progress = self.trigger.progress(len(self.records), self._now)

@@ -58,6 +58,13 @@ class HFCheckpoint(Callback):
         self._known = self._checkpoints(trainer)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint that a killed fit had no time to export is exported when the next one goes on from it."""
+        begun = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+        if self.beside_checkpoints and trainer.is_global_zero and begun in self._known and not _beside(begun).is_dir():
+            save_model(hugging_face_model(pl_module, "HFCheckpoint"), _beside(begun), self.tokenizer, self.dtype)
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.follow(trainer, pl_module)
 
@@ -76,7 +83,10 @@ class HFCheckpoint(Callback):
     def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export beside new checkpoints, remove what lies beside those that are gone."""
         # Not by on_save_checkpoint, which Lightning leaves out where only weights are saved.
-        saved = [getattr(callback, "_last_global_step_saved", None) for callback in trainer.checkpoint_callbacks]
+        # Of savers that do not say when they saved last, it looks at every step.
+        saved = [
+            getattr(saver, "_last_global_step_saved", trainer.global_step) for saver in trainer.checkpoint_callbacks
+        ]
         if not self.beside_checkpoints or not trainer.is_global_zero or saved == self._saved:
             return
         self._saved = saved

@@ -35,10 +35,11 @@ class RouterRebalance(Callback):
     Args:
         load_balance: Weight of the load-balance loss, a mean over layers, 1 when all is even (Switch Transformer).
         z_loss: Weight of the mean squared log-sum-exp of the router logits (ST-MoE), a mean over layers.
-        bias_step: After each optimiser step a router with a correction bias (DeepSeek-V3, GLM-4, Ernie) has it raised
+        bias_step: With each optimiser step a router with a correction bias (DeepSeek-V3, GLM-4, Ernie) has it raised
             by this much for each expert with less than the mean load and lowered for those with more; DeepSeek-V3
             takes 0.001. Such a layer then has no load-balance loss. 0 leaves the biases alone.
-        train: What learns: everything that did; the routers alone; or these and the norms.
+        train: What learns: everything that did; the routers alone; or these and the norms. What learns of a model in
+            16 bits is held in float32 during the fit, since small steps vanish in 16; with ``bf16-mixed`` precision.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RouterRebalance(Callback):
         self._forwarded: set[str] = set()
         self._losses: dict[str, list[Tensor]] = {}
         self._frozen: list[str] = []
+        self._widened: dict[str, torch.dtype] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,6 +91,15 @@ class RouterRebalance(Callback):
         self._frozen = [name for name, p in pl_module.named_parameters() if p.requires_grad and id(p) not in learns]
         for name in self._frozen:
             pl_module.get_parameter(name).requires_grad_(False)
+        narrow = {name: p for name, p in pl_module.named_parameters() if p.requires_grad and p.element_size() < 4}
+        if narrow and not pl_module.trainer.precision.endswith("-mixed"):
+            raise InputError(
+                f"RouterRebalance: train {self.train!r}: the weights are in {next(iter(narrow.values())).dtype}, where "
+                "small steps vanish; give the Trainer precision bf16-mixed, and what learns is held in float32."
+            )
+        self._widened = {name: parameter.dtype for name, parameter in narrow.items()}
+        for parameter in narrow.values():
+            parameter.data = parameter.data.float()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -167,7 +178,10 @@ class RouterRebalance(Callback):
         vars(pl_module).pop("configure_model", None)
         for name in self._frozen:  # by name: pruning puts other parameters in their place
             pl_module.get_parameter(name).requires_grad_(True)
-        self._frozen, self._counts = [], None
+        for name, dtype in self._widened.items():
+            parameter = pl_module.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
+        self._frozen, self._widened, self._counts = [], {}, None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

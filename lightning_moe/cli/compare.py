@@ -25,7 +25,7 @@ from lightning_moe.cli.request import (
     refuse_less_text,
 )
 from lightning_moe.cli.round_cells import RoundRuns, derived_figures, figures_of_round
-from lightning_moe.cli.round_options import RoundOptions, train_in_float32
+from lightning_moe.cli.round_options import RoundOptions, prepare_tuning
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import observe
 from lightning_moe.data.datamodule import TextDataModule
@@ -38,7 +38,7 @@ from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.schedule import check_rounds
 from lightning_moe.pruning.scores import ExpertScores
 from lightning_moe.report.agreement import write_agreements
-from lightning_moe.report.comparison import FULL, spreads, write_csv
+from lightning_moe.report.comparison import FULL, spreads, with_gaps, write_csv
 from lightning_moe.report.comparison_table import show_comparison
 from lightning_moe.stats.store import ModelStats
 
@@ -69,8 +69,7 @@ def compare(
         if cell.schedule is not None and cell.method is not None:
             check_rounds(shapes, cell.schedule, cell.scope)
     if options.tokens:
-        train_in_float32(model)
-        refuse_less_text(trainer, "limit_train_batches")
+        prepare_tuning(trainer, model)
     validation = data.validation()
     asked = asked_model(trainer, model) | asked_data(data)
     asked |= asked_validation(validation)
@@ -81,6 +80,7 @@ def compare(
     if options.tokens:
         text = data.training(options.tune_path, options.tokens, 0, trainer.world_size)
         text.check_training(trainer.world_size)
+        options.recovery.batches_per_step(text.text.tokens_NS.shape[1], trainer.world_size, data.batch_size)
     say = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_global_zero)
     if data.val_path is None:
         say.print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
@@ -98,6 +98,7 @@ def compare(
             print("Stopped; the same command goes on after the last finished cell.", file=sys.stderr)
         raise
     failed = [row for row in rows if row["status"] == "failed"]
+    rows = with_gaps(rows)
     if trainer.is_global_zero:
         entries = spreads(rows)
         write_csv(run.folder / "compare.csv", rows)
@@ -181,11 +182,7 @@ class Comparison:
         rows = []
         for turn, cell in enumerate(grid, start=1):
             row = self._cells.get(cell.file_name)
-            if (
-                row is None
-                or row["status"] != "done"
-                or any(row.get(k, "one-shot") != v for k, v in cell.settings.items())
-            ):
+            if row is None or row["status"] != "done" or any(row.get(k) != v for k, v in cell.settings.items()):
                 row = self._computed(cell)
                 what = f"perplexity {row['perplexity']:.4g}" if row["status"] == "done" else f"failed: {row['reason']}"
                 say(f"{turn} of {len(grid)}: {cell.title}: {what}")
@@ -229,8 +226,10 @@ class Comparison:
     def _measured(self, cell: Cell) -> dict[str, Any]:
         if cell.schedule is not None:
             last = replace(cell, ratio=cell.schedule.ratios[-1])
-            records = self._rounds.of(cell, lambda: self._scored(last)[0], self._full)
-            return figures_of_round(records, cell.ratio, self.path, self.shapes)
+            scores, seconds = (None, 0.0) if cell.method is None else self._scored(last)
+            records = self._rounds.of(cell, scores, self._full)
+            figures = figures_of_round(records, cell.ratio, self.path, self.shapes)
+            return figures | {"method_seconds": figures["method_seconds"] + seconds}
         check_ratio(self.shapes, cell.ratio, cell.scope)  # an impossible one fails before the method is run
         scores, seconds = self._scored(cell)
         plan = make_plan(scores, cell.ratio, cell.scope)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lightning_moe.cli.methods import get_method
 from lightning_moe.cli.request import checkpoint_size, seed
 from lightning_moe.criteria import Direction, get_criterion
@@ -46,3 +48,12 @@ def reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[s
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
     }
+
+
+def note_order(method: str, scope: Scope, comparable: bool) -> None:
+    """Say so where global scope compares what tells nothing across layers."""
+    if scope == "global" and not comparable:
+        Console(stderr=True, soft_wrap=True).print(
+            f"note: {method} is an order of dropping within each layer, so --scope global compares the places in these "
+            "orders, not how much the experts of two layers matter."
+        )

@@ -66,3 +66,10 @@ def _own_loop(
         for name, value in kept.items():
             setattr(trainer, name, value)
         trainer.should_stop = False
+        _let_go(trainer.strategy)
+
+
+def _let_go(strategy: Any) -> None:
+    """Lightning keeps the last fit's module, optimisers and their state until the next one begins."""
+    strategy.optimizers, strategy.lr_scheduler_configs = [], []
+    strategy._model = strategy._lightning_module = None

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.figure_logging import save_figure
 from lightning_moe.callbacks.usage_panels import load_before_and_after
-from lightning_moe.cli.cut import Cut, reduction
+from lightning_moe.cli.cut import Cut, note_order, reduction
 from lightning_moe.cli.display import show_rounds
 from lightning_moe.cli.methods import get_method
 from lightning_moe.cli.request import (
@@ -23,7 +23,7 @@ from lightning_moe.cli.request import (
     refuse_less_text,
     seed,
 )
-from lightning_moe.cli.round_options import HALF_PRECISION, RoundOptions, train_in_float32
+from lightning_moe.cli.round_options import HALF_PRECISION, RoundOptions, prepare_tuning
 from lightning_moe.cli.rounds import Rounds, RoundsRequest
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.data.datamodule import TextDataModule
@@ -55,10 +55,10 @@ def prune_in_rounds(
         raise InputError("rounds estimate anew each time, so they need text: give --data.path.")
     schedule = options.schedule(cut.ratio)
     check_rounds(shapes, schedule, cut.scope, cut.floor)
-    for option in ("limit_predict_batches", "limit_val_batches", "limit_train_batches"):
+    for option in ("limit_predict_batches", "limit_val_batches"):
         refuse_less_text(trainer, option)
     if options.tokens:
-        train_in_float32(model)
+        prepare_tuning(trainer, model)
     target = Path(out) / "model"
     if target.resolve() == resolve(path).resolve():
         raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
@@ -67,7 +67,7 @@ def prune_in_rounds(
     asked = asked_of | cut.asked() | {"seed": seed()} | asked_data(data)
     asked |= asked_validation(validation) | options.asked()
     if method.needs_text or options.tokens:
-        asked |= asked_batches(trainer, data)
+        asked |= asked_batches(trainer, data) | {"gradient_clip_val": trainer.gradient_clip_val}
     if method.needs_text:
         asked |= {"search": method.settings}
     run = RunFolder(out, "prune", asked, overwrite)
@@ -78,6 +78,7 @@ def prune_in_rounds(
     if options.tokens:
         text = data.training(options.tune_path, sum(schedule.tokens), 0, trainer.world_size)
         text.check_training(trainer.world_size)
+        options.recovery.batches_per_step(text.text.tokens_NS.shape[1], trainer.world_size, data.batch_size)
     lr = options.lr_of(checkpoint_size(path)["parameters"])
     request = RoundsRequest(
         method, cut.scope, schedule, options.recovery, lr, cut.direction, cut.floor, seed(), options.tune_path
@@ -100,6 +101,7 @@ def prune_in_rounds(
     if not trainer.is_global_zero:
         return None
     last = records[-1]
+    note_order(method.name, cut.scope, bool(last.made_by["comparable"]))
     plan = PruningPlan(last.keep, asked_of["model_id"], data.text.fingerprint, last.made_by | options.asked())
     if rounds.tuned:
         save_model(model.network, target, tokenizer=path, dtype=_stored_type(path))

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from rich.console import Console
 
-from lightning_moe.cli.cut import Cut, reduction
+from lightning_moe.cli.cut import Cut, note_order, reduction
 from lightning_moe.cli.methods import Job, get_method
 from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, seed
 from lightning_moe.cli.run_folder import RunFolder
@@ -125,11 +124,8 @@ def prune(
                 raise InputError("--merge: no two experts were seen on the same tokens, so none is known to be alike.")
     if not trainer.is_global_zero:
         return None
-    if scores and cut.scope == "global" and not scores[0].comparable:
-        Console(stderr=True, soft_wrap=True).print(
-            f"note: {scores[0].method} is an order of dropping within each layer, so --scope global compares the "
-            "places in these orders, not how much the experts of two layers matter."
-        )
+    if scores:
+        note_order(scores[0].method, cut.scope, scores[0].comparable)
     run.begin()
     for name in ("rounds.jsonl", "figures/rounds.png", "figures/expert_usage.png"):
         (run.folder / name).unlink(missing_ok=True)  # of a prune in rounds that this one replaces

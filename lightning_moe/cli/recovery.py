@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,8 +27,8 @@ Kind = Literal["finetune", "router-kd"]
 MIXTRAL_PARAMETERS, MIXTRAL_LR = 46.7e9, 1e-6
 """What MC-Suite tunes, and its highest learning rate."""
 
-ROUTER_KD_LR = 50.0
-"""Router KD's learning rate (5e-5, arXiv 2603.02217) over that of fine-tuning at Mixtral's size."""
+ROUTER_KD_LR = 5e-5
+"""Router KD's learning rate (arXiv 2603.02217), for models of about that size."""
 
 CLIP = 1.0
 """Largest norm of the gradients, where the Trainer has none set."""
@@ -36,11 +37,13 @@ CLIP = 1.0
 def default_lr(parameters: int, kind: Kind = "finetune") -> float:
     """The paper's 1e-6 at Mixtral 8x7B's size, more for smaller models: by the power -2/3 of the parameters.
 
-    The power is ours: it meets what the small reference models tune well at (a few 1e-4 at 7 million).
+    For router-kd 5e-5, and the power -1/2. The powers are ours: they meet what the small reference models tune well at
+    (4e-4 and 4e-3 at 7 million).
     """
-    return (
-        (ROUTER_KD_LR if kind == "router-kd" else 1.0) * MIXTRAL_LR * math.pow(MIXTRAL_PARAMETERS / parameters, 2 / 3)
-    )
+    smaller = MIXTRAL_PARAMETERS / parameters
+    if kind == "router-kd":
+        return ROUTER_KD_LR * math.sqrt(smaller)
+    return MIXTRAL_LR * math.pow(smaller, 2 / 3)
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,16 @@ class Recovery:
         return RouterRebalance(self.load_balance, self.z_loss, self.bias_step, self.train)
 
     def batches_per_step(self, window: int, world_size: int, batch_size: int) -> int:
-        """Batches on each rank until an optimiser step has ``batch_tokens``."""
+        """Batches on each rank until a step has ``batch_tokens``. Raises ``InputError`` for less than one."""
         one = window * world_size * batch_size
-        return 1 if self.batch_tokens is None else max(1, round(self.batch_tokens / one))
+        if self.batch_tokens is None:
+            return 1
+        if self.batch_tokens < one:
+            raise InputError(
+                f"--recovery.batch_tokens {self.batch_tokens}: one batch has {one} already ({batch_size} windows of "
+                f"{window} tokens on each of {world_size} ranks); lower --data.batch_size."
+            )
+        return round(self.batch_tokens / one)
 
 
 NEXT_TOKEN = Recovery()
@@ -119,24 +129,34 @@ def tune(
     settings: dict[str, Any] = {"lr": lr, "min_lr_ratio": 0.0, "weight_decay": 0.0}
     module = MoECausalLM(**settings) if teacher is None else RouterDistillation(teacher, **settings)
     module.adopt(network)
-    count = TokenCount()
-    fit_steps(trainer, module, data, steps, batches, saves, "step", [recovery.rebalance(), count, *callbacks], CLIP)
-    return Tuned(steps, count.tokens)
+    state = TuningState()
+    torch.manual_seed(data.shuffle_seed)
+    fit_steps(trainer, module, data, steps, batches, saves, "step", [recovery.rebalance(), state, *callbacks], CLIP)
+    return Tuned(steps, state.tokens)
 
 
-class TokenCount(Callback):
-    """Real tokens trained on, over all ranks."""
+class TuningState(Callback):
+    """Real tokens trained on, over all ranks; and, for models with dropout or noisy routers, the state of chance."""
 
     def __init__(self) -> None:
         self.tokens = 0
+        self._random: list[Tensor] = []
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens}
+        on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"tokens": self.tokens, "random": [torch.get_rng_state(), *on_devices]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tokens = state_dict["tokens"]
+        self.tokens, self._random = state_dict["tokens"], state_dict["random"]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._random:
+            torch.set_rng_state(self._random[0].cpu())
+        if len(self._random) > 1:
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._random[1:]])
 
     @override
     def on_train_batch_end(

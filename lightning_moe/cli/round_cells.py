@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -51,14 +51,14 @@ class RoundRuns:
         self.options, self.shapes = options, shapes
         self._failed: dict[str, str] = {}
 
-    def of(self, cell: Cell, scores: Callable[[], ExpertScores], full: Mapping[str, Any] | None) -> list[RoundRecord]:
-        """The rounds that the cell is a moment of; ``scores`` makes those of the whole model, ``full`` measures it."""
+    def of(self, cell: Cell, scores: ExpertScores | None, full: Mapping[str, Any] | None) -> list[RoundRecord]:
+        """The rounds that the cell is a moment of; ``scores`` are of the whole model, ``full`` is what it measured."""
         record = self.records.get(cell.run_name)
         if record is None:
             if cell.run_name in self._failed:
                 raise InputError(self._failed[cell.run_name])
             try:
-                done = self._carried_out(cell, None if cell.method is None else scores(), full)
+                done = self._carried_out(cell, scores, full)
             except Exception as error:
                 self._failed[cell.run_name] = describe(error)
                 raise
@@ -83,7 +83,18 @@ class RoundRuns:
         folder = self.run.partial(rounds=cell.run_name, world_size=trainer.world_size)
         first = scores, None if full is None else as_moment(full)
         identity = self.run.request["model_id"]
-        rounds = Rounds(trainer, model, self.job.data, self.validation, request, self.shapes, identity, folder, first)
+        rounds = Rounds(
+            trainer,
+            model,
+            self.job.data,
+            self.validation,
+            request,
+            self.shapes,
+            identity,
+            folder,
+            first,
+            self.run.partial(teachers=True),
+        )
         done = rounds.run(lambda records: None)
         if trainer.is_global_zero:
             shutil.rmtree(folder, ignore_errors=True)

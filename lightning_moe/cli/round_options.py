@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_moe.cli.recovery import Recovery, default_lr
-from lightning_moe.cli.request import model_path
+from lightning_moe.cli.request import model_path, refuse_less_text
 from lightning_moe.data.text import content_fingerprint
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -47,6 +49,10 @@ class RoundOptions:
             raise InputError(f"--finetune_tokens {self.tokens}: 0 or more.")
         if self.lr is not None and not self.lr > 0:
             raise InputError(f"--finetune_lr {self.lr}: above 0.")
+        if not isinstance(self.rounds, int) and self.spacing != "equal":
+            raise InputError(f"--spacing {self.spacing}: the list of --rounds says already how they are spaced.")
+        if not self.tokens and self.growth != RoundOptions.growth:
+            raise InputError(f"--finetune_growth {self.growth}: without --finetune_tokens there is no tuning to grow.")
         if not self.tokens and (self.recovery != Recovery() or self.tune_path is not None or self.lr is not None):
             raise InputError(
                 "--finetune_... and --recovery... say how to tune after each round, but without --finetune_tokens "
@@ -73,7 +79,22 @@ class RoundOptions:
         return {f"finetune.{name}": value for name, value in tuning.items()}
 
 
-def train_in_float32(model: MoECausalLM) -> None:
-    """Load 16-bit weights as float32 when nothing is said of it: the small steps of tuning vanish in 16 bits."""
+def prepare_tuning(trainer: Trainer, model: MoECausalLM) -> None:
+    """See that steps of tuning are not lost: weights stored in 16 bits are loaded as float32.
+
+    Raises ``InputError`` where 16 bits are asked for, or a strategy that shards the model.
+    """
+    refuse_less_text(trainer, "limit_train_batches")
+    if trainer.precision.endswith("-true") and not trainer.precision.startswith(("32", "64")):
+        raise InputError(
+            f"--trainer.precision {trainer.precision}: the small steps of tuning vanish in 16 bits; give bf16-mixed."
+        )
+    if model.dtype_name in ("bfloat16", "float16"):
+        raise InputError(
+            f"--model.dtype {model.dtype_name}: the small steps of tuning vanish in 16 bits; leave it out. Weights are "
+            "saved in the type they came in."
+        )
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        raise InputError("--trainer.strategy: rounds do not tune sharded models yet; give auto or ddp.")
     if model.dtype_name == "auto" and read_config(model_path(model)).dtype in HALF_PRECISION:
         model.dtype_name = "float32"

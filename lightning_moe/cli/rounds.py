@@ -73,6 +73,7 @@ class Rounds:
         identity: The id of the checkpoint.
         folder: Of this very request.
         first: The scores of the whole model, and what was measured of it, where somebody has them.
+        teachers: Where the whole model's answers lie, for runs that share them; default is ``folder``.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Rounds:
         identity: str,
         folder: Path,
         first: tuple[ExpertScores | None, dict[str, Any] | None] = (None, None),
+        teachers: Path | None = None,
     ) -> None:
         self.trainer, self.model, self.data, self.validation = trainer, model, data, validation
         self.request, self.shapes, self.identity, self.folder = request, list(shapes), identity, folder
@@ -93,6 +95,7 @@ class Rounds:
         self._part: dict[str, Any] = self._read_part(len(self.records) + 1)
         self._first_scores, self._first_moment = first
         self._teacher: TeacherCache | None = None
+        self._teachers = teachers or folder
 
     def run(self, on_round: Callable[[Sequence[RoundRecord]], None]) -> list[RoundRecord]:
         """Carry out the rounds that are left; ``on_round`` is told all records after each."""
@@ -130,7 +133,7 @@ class Rounds:
     def _teach(self) -> None:
         """With router-kd: what the whole model says of the text to tune on, while there is a whole model."""
         if self.request.recovery.kind == "router-kd":
-            self._teacher = cache_teacher(self.trainer, self.model, self._tuning_text(0), self.folder / "teacher")
+            self._teacher = cache_teacher(self.trainer, self.model, self._tuning_text(0), self._teachers)
 
     def _restore(self) -> None:
         """The model as the last finished step left it."""

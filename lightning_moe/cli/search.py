@@ -119,7 +119,10 @@ def run_search(
     check_vocabulary(model, calibration)
     module = DiEPSearch(model, seed=seed, **arguments)
     saves = StepSaves(folder, every_steps=SAVE_EVERY)
-    fit_steps(trainer, module, calibration, module.updates, module.accumulate, saves, "update", callbacks)
+    try:
+        fit_steps(trainer, module, calibration, module.updates, module.accumulate, saves, "update", callbacks)
+    finally:
+        module.on_fit_end()  # which Lightning leaves out when the fit fails, and the model would stay frozen
     return module
 
 

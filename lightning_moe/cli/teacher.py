@@ -19,13 +19,14 @@ CANDIDATES = 64
 
 
 def cache_teacher(trainer: Trainer, model: MoECausalLM, text: TextDataModule, folder: Path) -> TeacherCache:
-    """Find the answers in ``folder``, or run the whole model over the text once and keep them there.
+    """Find the answers in a folder of their own in ``folder``, or run the whole model over the text once.
 
     A pass that was killed is made anew.
     """
     text.setup("predict")
     windows, seq_len = text.text.tokens_NS.shape
     vocabulary: int = read_config(model_path(model)).get_text_config().vocab_size
+    folder = folder / f"teacher-{text.text.fingerprint}"
     cache = TeacherCache(folder, windows, seq_len, min(CANDIDATES, vocabulary), text.text.fingerprint)
     if cache.complete:
         return cache

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 FULL = "full"
 """The method's name in the row of the model as it is."""
 
-FIGURES = ("perplexity", "domain_mean", "load_cv", "load_cv_pruned", "perplexity_pruned")
+FIGURES = ("perplexity", "domain_mean", "gap", "load_cv", "load_cv_pruned", "perplexity_pruned")
 
 COLUMNS = (
     "method",
@@ -28,6 +28,7 @@ COLUMNS = (
     "status",
     "perplexity",
     "domain_mean",
+    "gap",
     "loss",
     "tokens",
     "tokens_per_second",
@@ -45,6 +46,27 @@ COLUMNS = (
 """Of the flat table; then one per domain, then those in ``LAST``."""
 
 LAST = ("kept_experts", "plan", "reason")
+
+
+def with_gaps(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The cells with how far each lies above the full model: ``gap``, in perplexity, as a fraction.
+
+    What was tuned is held against the full model tuned as long, anything else against the full model as it is.
+    """
+    bases: dict[float, list[float]] = {}
+    for row in rows:
+        if row["method"] == FULL and row["status"] == "done":
+            bases.setdefault(row["ratio"], []).append(row["perplexity"])
+    return [
+        dict(row)
+        if row["status"] != "done" or row["method"] == FULL
+        else {**row, "gap": row["perplexity"] / _base(bases, row) - 1}
+        for row in rows
+    ]
+
+
+def _base(bases: Mapping[float, Sequence[float]], row: Row) -> float:
+    return statistics.fmean(bases[row["ratio"] if row.get("finetune_tokens") else 0.0])
 
 
 def spreads(rows: Iterable[Row]) -> list[dict[str, Any]]:
