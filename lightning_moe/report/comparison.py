@@ -51,22 +51,20 @@ LAST = ("kept_experts", "plan", "reason")
 def with_gaps(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The cells with how far each lies above the full model: ``gap``, in perplexity, as a fraction.
 
-    What was tuned is held against the full model tuned as long, anything else against the full model as it is.
+    What was tuned is held against the full model tuned as long with the same seed, anything else against the full model
+    as it is.
     """
-    bases: dict[float, list[float]] = {}
+    full = {(row["ratio"], row["seed"]): row["perplexity"] for row in rows if row["method"] == FULL and _done(row)}
+    gapped = []
     for row in rows:
-        if row["method"] == FULL and row["status"] == "done":
-            bases.setdefault(row["ratio"], []).append(row["perplexity"])
-    return [
-        dict(row)
-        if row["status"] != "done" or row["method"] == FULL
-        else {**row, "gap": row["perplexity"] / _base(bases, row) - 1}
-        for row in rows
-    ]
+        base = full.get((row["ratio"], row["seed"]) if row.get("finetune_tokens") else (0.0, None))
+        known = _done(row) and row["method"] != FULL and base is not None
+        gapped.append({**row, "gap": row["perplexity"] / base - 1} if known else dict(row))
+    return gapped
 
 
-def _base(bases: Mapping[float, Sequence[float]], row: Row) -> float:
-    return statistics.fmean(bases[row["ratio"] if row.get("finetune_tokens") else 0.0])
+def _done(row: Row) -> bool:
+    return bool(row["status"] == "done")
 
 
 def spreads(rows: Iterable[Row]) -> list[dict[str, Any]]:
