@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -37,7 +38,6 @@ class ExpertPruning(Callback):
     A round scores the experts that are left on calibration text, drops the lowest, cuts the weights at once, and gives
     the optimisers the new parameters. Each is recorded in ``records``, in ``folder`` and in the logger under
     ``expert_pruning/``. A fit that goes on from a checkpoint finds the model cut as it was, and the rounds done.
-
     On one process; on several, prune between fits: that is what ``lightning-moe prune --rounds`` does.
 
     Args:
@@ -109,13 +109,11 @@ class ExpertPruning(Callback):
         self.optimizer, self.cosine, self.min_lr_ratio = optimizer, cosine, min_lr_ratio
         self.folder, self.seed = None if folder is None else Path(folder), seed
         self.records: list[RoundRecord] = []
-        """Of the rounds done."""
         self.tokens = 0
-        """Trained on so far, in this fit and those it goes on from."""
+        """Trained on so far."""
         self._whole: list[LayerShape] = []
         self._step = self._epochs = self._tokens_at_round = 0
-        self._handles: list[Any] = []
-        self._rates: list[Any] = []
+        self._handles, self._rates = list[Any](), list[Any]()
 
     @property
     @override
@@ -147,9 +145,9 @@ class ExpertPruning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1:
+            what = f"{trainer.world_size} processes: within a fit it cuts the weights of one only"
             raise InputError(
-                f"ExpertPruning: {trainer.world_size} processes: within a fit it cuts the weights on one only; "
-                "`lightning-moe prune --rounds` prunes between fits, on any number."
+                f"ExpertPruning: {what}; `lightning-moe prune --rounds` prunes between fits, on any number."
             )
         # A checkpoint of a cut model is loaded before any hook of a callback could cut this one.
         register: Any = pl_module.register_load_state_dict_pre_hook
@@ -198,6 +196,8 @@ class ExpertPruning(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_round(pl_module, self._measured(pl_module))
+        if (done := len(self.records)) < len(self.schedule):
+            rank_zero_warn(f"ExpertPruning: the fit ended after {done} of {len(self.schedule)} rounds.")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from lightning_moe.callbacks.figure_logging import save_figure
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.errors import InputError
+from lightning_moe.moe.checkpoints import same_model
 from lightning_moe.pruning.plan import PruningPlan, agreement, load_plan
 from lightning_moe.report.agreement import matrix_figure
 
@@ -29,6 +30,8 @@ def agree(trainer: Trainer, plans: Sequence[str], out: str, overwrite: bool) -> 
                 f"--plans: {place} names {len(plan.keep)} layers ({next(iter(plan.keep), 'none')} ...), {plans[0]} "
                 f"{len(first.keep)} ({next(iter(first.keep), 'none')} ...); they must be plans for the same model."
             )
+        if first.model_id and plan.model_id and not same_model(first.model_id, plan.model_id):
+            raise InputError(f"--plans: {place} is for model {plan.model_id}, {plans[0]} for {first.model_id}.")
     run = RunFolder(out, "agreement", {"plans": [plan.keep for plan in found], "names": list(plans)}, overwrite)
     if not trainer.is_global_zero:
         return None
@@ -55,9 +58,8 @@ def agree(trainer: Trainer, plans: Sequence[str], out: str, overwrite: bool) -> 
 
 
 def _load(place: str) -> PruningPlan:
-    file = Path(place) / "plan.json" if Path(place).is_dir() else Path(place)
     try:
-        return load_plan(file)
+        return load_plan(Path(place))
     except InputError as error:
         raise InputError(str(error).replace("--plan ", "--plans: ", 1)) from error
 

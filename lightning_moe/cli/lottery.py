@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def prune_in_rounds(
     check_rounds(shapes, schedule, cut.scope, cut.floor)
     for option in ("limit_predict_batches", "limit_val_batches"):
         refuse_less_text(trainer, option)
+    if trainer.max_steps != -1:
+        raise InputError(f"--trainer.max_steps {trainer.max_steps}: --finetune_tokens says how long to tune instead.")
     if options.tokens:
         prepare_tuning(trainer, model)
     target = Path(out) / "model"
@@ -90,14 +93,20 @@ def prune_in_rounds(
         if data.val_path is None:
             print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
         if rounds.records:
-            print(f"Going on after round {len(rounds.records)} of an earlier run.")
+            print(f"Going on after round {len(rounds.records)} of an earlier run:")
+            show_rounds(rounds.records)
 
     def on_round(records: Sequence[RoundRecord]) -> None:
         if trainer.is_global_zero:
             write_records(run.folder / "rounds.jsonl", records)
             show_rounds(records[-1:], first=len(records) == 1)
 
-    records = rounds.run(on_round)
+    try:
+        records = rounds.run(on_round)
+    except (KeyboardInterrupt, SystemExit):
+        if trainer.is_global_zero:
+            print("Stopped; the same command goes on from the last finished step.", file=sys.stderr)
+        raise
     if not trainer.is_global_zero:
         return None
     last = records[-1]

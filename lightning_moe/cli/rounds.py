@@ -22,10 +22,11 @@ from lightning_moe.cli.teacher import cache_teacher
 from lightning_moe.criteria import Direction
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.data.teacher_cache import TeacherCache
+from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.files import write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import load_model, save_model
+from lightning_moe.moe.checkpoints import all_finite, load_model, save_model
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.pruning.budget import Scope, make_plan
@@ -242,6 +243,8 @@ class Rounds:
                     self.trainer, self.model.network, text, request.recovery, tokens, request.lr, saves, self._teacher
                 )
             tuned = {"steps": done.steps, "tokens": done.tokens, "lr": request.lr}
+            if not all(all_finite(parameter) for parameter in self.model.network.parameters()):
+                raise InputError(f"--finetune_lr {request.lr:.3g}: the tuning of round {turn} diverged; lower it.")
         with _timed(seconds, "save"):
             if self.trainer.is_global_zero:
                 save_model(self.model.network, place / "model")

@@ -171,7 +171,7 @@ class MoETrainer(Trainer):
             stats: A stats.safetensors (or the run folder that holds it) to use instead of text.
             scores: A scores.json (or the run folder that holds it) to use instead of text: of a search, or of the
                 method that is asked.
-            plan: A plan.json to apply as it is.
+            plan: A plan.json (or the run folder that holds it) to apply as it is.
             merge: Average each dropped expert into the kept one of its layer whose outputs are most like its own (CKA),
                 instead of throwing it away; weights by the softmax of that likeness, as DiEP, App. A.5.
             skipping: Let the new model skip, token by token, experts that matter little beside the first: true for
@@ -182,7 +182,7 @@ class MoETrainer(Trainer):
             finetune_tokens: Tokens to tune on after the first round; 0 does not tune.
             finetune_growth: The tokens of a round over those of the round before.
             finetune_path: Text to tune on; default is the calibration text, all of it.
-            finetune_lr: Highest learning rate; default is 1e-6 at the size of Mixtral 8x7B and more for smaller models.
+            finetune_lr: Highest learning rate; default for Mixtral 8x7B 1e-6 (router-kd 5e-5), for smaller models more.
             recovery: What that tuning is.
             overwrite: Replace the results of another request in that folder.
         """
@@ -264,7 +264,7 @@ class MoETrainer(Trainer):
             finetune_tokens: Tokens to tune on after the first round.
             finetune_growth: The tokens of a round over those of the round before.
             finetune_path: Text to tune on; default is the calibration text, all of it.
-            finetune_lr: Highest learning rate; default is 1e-6 at the size of Mixtral 8x7B and more for smaller models.
+            finetune_lr: Highest learning rate; default for Mixtral 8x7B 1e-6 (router-kd 5e-5), for smaller models more.
             recovery: What that tuning is.
             overwrite: Replace the results of another request in that folder.
         """

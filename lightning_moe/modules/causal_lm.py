@@ -227,7 +227,7 @@ def _padding_mask(batch: Batch) -> Tensor | None:
 
 
 def _float64_sum(device: torch.device) -> SumMetric:
-    metric = SumMetric()
+    metric = SumMetric(nan_strategy="disable")  # by default NaN is left out, and a ruined model looks perfect
     metric.set_dtype(torch.float64)
     metric.to(device)
     return metric

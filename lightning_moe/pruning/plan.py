@@ -83,7 +83,8 @@ def agreement(one: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int
 
 
 def load_plan(file: Path) -> PruningPlan:
-    """Read a plan; only ``keep`` is needed. Raises ``InputError`` with the place of the fault."""
+    """Read a plan, or that of a run folder; only ``keep`` is needed. Raises ``InputError`` that names the fault."""
+    file = file / "plan.json" if file.is_dir() else file
     if not file.is_file():
         raise InputError(f"--plan {file}: no such file.")
     try:
