@@ -152,11 +152,13 @@ class TuningState(Callback):
         self.tokens, self._random = state_dict["tokens"], state_dict["random"]
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not before: a loader that begins takes a number from chance.
         if self._random:
             torch.set_rng_state(self._random[0].cpu())
         if len(self._random) > 1:
             torch.cuda.set_rng_state_all([state.cpu() for state in self._random[1:]])
+        self._random = []
 
     @override
     def on_train_batch_end(

@@ -1,0 +1,162 @@
+"""Tuning that goes wrong, and what is left in memory when it goes right."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
+from lightning_moe.cli import rounds
+from lightning_moe.modules.causal_lm import MoECausalLM
+from tests.helpers.checkpoint import Commands, damaged_copy, edited_copy, read
+
+QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+ROOT = Path(__file__).parents[2]
+SEQ_LEN = 16
+
+
+def prune_args(checkpoint: Path, text: Path, *more: object) -> list[object]:
+    data = ["--data.path", text / "harbour.txt", "--data.seq_len", SEQ_LEN, "--data.samples", 8, "--data.batch_size", 2]
+    measured = ["--data.val_path", text / "island.txt", "--data.val_samples", 3]
+    return ["prune", *QUIET, "--model.path", checkpoint, *data, *measured, "--method", "ean", *more]
+
+
+TUNED = ("--rounds", 2, "--finetune_tokens", 4 * SEQ_LEN)
+
+
+def test_tuning_that_diverges_is_told_and_saves_no_model(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    said = run(*prune_args(checkpoint, text, *TUNED, "--finetune_lr", 1e30, "--out", tmp_path / "run"))
+    assert said.code == 2 and "--finetune_lr 1e+30" in said.err and "diverged" in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "prune.json").exists()
+
+
+def test_a_ruined_model_has_no_perplexity(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """NaN is not left out of the sums, which would make it look perfect."""
+    module = MoECausalLM(str(checkpoint))
+    module.configure_model()
+    with torch.no_grad():
+        module.network.get_output_embeddings().weight.fill_(math.nan)  # type: ignore[union-attr, operator]
+    loss, count = module._domain_sums(0)
+    loss.update(torch.tensor(math.nan, dtype=torch.float64))
+    count.update(torch.tensor(3.0, dtype=torch.float64))
+    assert math.isnan(float(loss.compute()))
+
+
+def test_damaged_weights_are_refused_before_rounds(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    damaged = damaged_copy(checkpoint, tmp_path / "damaged")
+    said = run(*prune_args(damaged, text, *TUNED, "--out", tmp_path / "run"))
+    assert said.code == 2 and "finite" in said.err
+
+
+@pytest.mark.parametrize("more", [TUNED, (*TUNED, "--recovery.kind", "router-kd")])
+def test_nothing_of_a_fit_stays_in_memory(
+    run: Commands,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[object, ...],
+) -> None:
+    """Whenever something is measured, there is no optimiser, and one model with experts of one number."""
+    before = {id(thing) for thing in gc.get_objects()}
+    alive: list[tuple[int, int]] = []
+    stock = rounds.measure
+
+    def measure(*args: Any) -> Any:
+        gc.collect()
+        new = [thing for thing in gc.get_objects() if id(thing) not in before]
+        optimizers = [thing for thing in new if isinstance(thing, torch.optim.Optimizer)]
+        stacks = {thing.shape for thing in new if isinstance(thing, torch.nn.Parameter) and thing.dim() == 3}
+        alive.append((len(optimizers), len({shape[0] for shape in stacks})))
+        return stock(*args)
+
+    monkeypatch.setattr(rounds, "measure", measure)
+    run.ok(*prune_args(checkpoint, text, *more, "--out", tmp_path))
+    assert alive == [(0, 1)] * 5  # the whole model, then after each cut and each tuning
+
+
+def test_dropout_goes_on_where_it_was(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of chance travels in the saves."""
+    noisy = edited_copy(checkpoint, tmp_path / "noisy", attention_dropout=0.3)
+    args = prune_args(noisy, text, "--rounds", 1, "--finetune_tokens", 8 * SEQ_LEN)
+    run.ok(*args, "--out", tmp_path / "whole")
+    monkeypatch.setattr(rounds, "SAVE_SECONDS", 0.0)
+    step, count = MoECausalLM.training_step, 0
+
+    def dying(module: MoECausalLM, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise RuntimeError("killed")
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MoECausalLM, "training_step", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*args, "--out", tmp_path / "parts")
+    torch.rand(7)
+    assert "Going on from step 2 " in run.ok(*args, "--out", tmp_path / "parts").out
+    files = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_by_its_own_code_and_goes_on(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    """A scheduler must not take a stopped run for a finished one."""
+    args = prune_args(checkpoint, text, "--rounds", 2, "--finetune_tokens", 4096, "--out", tmp_path / "run")
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=own | {"OMP_NUM_THREADS": "1"},
+    )
+    end = time.monotonic() + 120
+    while not any((tmp_path / "run").rglob("round-01/part.json")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err
+    assert not (tmp_path / "run" / "prune.json").exists()
+    run.ok(*args)
+    assert read(tmp_path / "run" / "prune.json")["rounds"] == 2
+
+
+def test_monitor_counts_are_what_a_record_keeps(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[dict[str, list[float]]] = []
+    stock = ExpertUsageMonitor._look
+
+    def look(monitor: ExpertUsageMonitor, *args: Any) -> None:
+        stock(monitor, *args)
+        looks.append(monitor.last)
+
+    monkeypatch.setattr(ExpertUsageMonitor, "_look", look)
+    run.ok(*prune_args(checkpoint, text, "--rounds", 2, "--out", tmp_path))
+    from lightning_moe.pruning.round_record import read_records
+
+    records = read_records(tmp_path / "rounds.jsonl")
+    kept = [records[0].load["before_prune"], records[0].load["after_prune"], records[1].load["after_prune"]]
+    assert [{name: layer["counts"] for name, layer in load.items() if name != "mean"} for load in kept] == looks
