@@ -23,7 +23,7 @@ def rounds_figure(records: Sequence[RoundRecord]) -> Figure:
     upper.set(ylabel="perplexity")
     upper.legend()
     lower.set(ylabel="load: standard deviation over mean", xlabel="round (share of the experts dropped)")
-    lower.set_xticks([record.round for record in records], [f"{r.round}\n{r.ratio:.3g}" for r in records])
+    lower.set_xticks([record.round for record in records], [f"{r.round}\n{100 * r.ratio:.3g}%" for r in records])
     return figure
 
 
