@@ -109,8 +109,9 @@ def in_turn(turn: int, ours: Callable[[], float], floor: Callable[[], float]) ->
     return ours(), second
 
 
-def main(repeats: int = 5, steps: int = 10) -> None:
+def main(repeats: int = 5) -> None:
     """Whole fits in turn, so that drift of the machine's speed cancels; the slower, and larger, of the settings."""
+    steps = WARMUP + min(2 * repeats, 8)
     pruned, memory, watched = [], [], []
     for name, setting in SETTINGS.items():
         whole, half = prepared(setting, pruned=False), prepared(setting, pruned=True)

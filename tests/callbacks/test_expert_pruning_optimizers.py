@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,3 +360,33 @@ def test_a_killed_step_leaves_the_rate_of_the_schedule(tmp_path: Path, rates_of:
     found = torch.load(file, weights_only=False)["optimizer_states"][0]["param_groups"][0]["lr"]
     _, untouched = rates_of(None, SCHEDULES["chained"])
     assert found == untouched[1]
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("optimizer", ["reset", "carry"])
+def test_nothing_before_a_round_stays_in_memory(tmp_path: Path, optimizer: Any, cosine: bool) -> None:
+    """At the end of every step there is one optimiser, and experts of one number, those of the model."""
+    optimizers: list[weakref.ref[Any]] = []
+    stacks: list[weakref.ref[Any]] = []
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        optimizers.append(weakref.ref(made := adamw(parameters)))
+        return made
+
+    def note(trainer: Trainer, module: Foreign) -> None:
+        stacks.extend(weakref.ref(parameter) for parameter in module.inner.parameters() if parameter.dim() == 3)
+
+    def alive(trainer: Trainer, module: Foreign) -> tuple[int, set[int]]:
+        note(trainer, module)
+        gc.collect()
+        left = [stack for stack in (one() for one in stacks) if stack is not None]
+        return sum(one() is not None for one in optimizers), {stack.shape[0] for stack in left}
+
+    pruning = ExpertPruning(calibration(), 0.5, 2, "rwn", start=2, every=2, optimizer=optimizer, cosine=cosine)
+    looks = Look(alive)
+    fit(Foreign(small_model(), make, lambda o: StepLR(o, 1, 0.5)), tmp_path, Look(note), pruning, looks)
+    assert len(optimizers) == (3 if optimizer == "reset" else 1)
+    assert looks.seen == [(1, {size}) for size in (8, 6, 6, 4, 4, 4)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,42 @@ def test_an_older_checkpoint_gets_no_foreign_weights(tmp_path: Path) -> None:
         found = AutoModelForCausalLM.from_pretrained(export).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (tmp_path / "saved" / "step=3-hf").exists()
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "last"])
+def test_an_export_that_a_kill_left_out_is_made_when_a_fit_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    """Of the weights that were saved, before training moves them, however the checkpoint is named."""
+
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=2, save_top_k=-1, save_last=True)
+
+    fit_saving(tmp_path, HFCheckpoint(), saving(), max_steps=2)
+    assert_beside(tmp_path / "saved", "step=2", "last")
+    name = "last" if spelling == "last" else "step=2"
+    shutil.rmtree(tmp_path / "saved" / f"{name}-hf")
+    monkeypatch.chdir(tmp_path)
+    begun: Any = {"absolute": tmp_path / "saved" / "step=2.ckpt", "relative": "saved/step=2.ckpt", "last": "last"}
+    found: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            found.append((tmp_path / "saved" / f"{name}-hf" / "model.safetensors").is_file())
+
+    fit_saving(tmp_path, HFCheckpoint(), saving(), Look(), max_epochs=1, ckpt_path=begun[spelling])
+    assert found == [True, True]
+    assert_beside(tmp_path / "saved", "step=2", "step=4", "last")
+
+
+def test_a_checkpoint_of_somebody_else_gets_no_export(tmp_path: Path) -> None:
+    """A fit may begin with what lies in no folder of its own."""
+    fit_saving(tmp_path, ModelCheckpoint(tmp_path / "theirs", "{step}", every_n_train_steps=2))
+    saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=4)
+    theirs = tmp_path / "theirs" / "step=4.ckpt"
+    fit_saving(tmp_path, HFCheckpoint(), saving, max_epochs=2, ckpt_path=theirs)
+    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["step=4.ckpt"]
+    assert_beside(tmp_path / "saved", "step=8")
 
 
 # --------------------------------------------------------------------------------- of a model being pruned

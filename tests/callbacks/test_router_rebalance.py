@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -553,6 +554,77 @@ def test_a_model_that_is_made_late_is_frozen_before_the_optimiser_sees_it(tmp_pa
     module = Late()
     trainer(tmp_path, RouterRebalance(0.5, train="routers"), max_steps=2).fit(module, loader())
     assert module.given == len(find_moe_layers(module.inner))
+
+
+# --------------------------------------------------------------------------------------- of 16-bit weights
+
+
+class Slow(Foreign):
+    """AdamW at a rate that bfloat16 does not feel: the next number above 1 is 1.0078. May fail after two steps."""
+
+    fails = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.fails and batch_idx == 2:
+            raise RuntimeError("out of memory")
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-5, weight_decay=0.1)
+
+
+class Weights(Callback):
+    """As they are at the end of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.seen.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+def slow_model(family: str) -> Slow:
+    """The model in bfloat16, somebody's own head in float32."""
+    return Slow(training_model(family).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+@pytest.mark.parametrize("train", ["routers", "routers+norms"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_learns_of_a_16_bit_model_is_held_in_float32(tmp_path: Path, family: str, train: Any, fails: bool) -> None:
+    """It moves with every step, and is rounded once, at the end; nothing else moves or changes its type."""
+    module, weights = slow_model(family), Weights()
+    module.fails = fails
+    learns, traces_before = should_learn(module, train), traces(module)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    run = trainer(tmp_path, RouterRebalance(0.5, train=train), weights, precision="bf16-mixed", limit_train_batches=3)
+    with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+        run.fit(module, loader())
+    assert learns and len(weights.seen) == (2 if fails else 3)
+    last = {name: before[name].float() for name in learns}
+    for seen in weights.seen:
+        for name, parameter in seen.items():
+            assert parameter.dtype == (torch.float32 if name in learns else before[name].dtype), name
+            if name in learns:
+                assert not torch.equal(parameter, last[name]), name
+        last = {name: seen[name] for name in learns}
+    for name, tensor in module.state_dict().items():
+        expected = last[name].to(before[name].dtype) if name in learns else before[name]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    assert traces(module) == traces_before
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("train", ["routers", "routers+norms"])
+def test_a_16_bit_model_without_mixed_precision_is_refused(tmp_path: Path, train: Any, precision: Any) -> None:
+    module, weights = slow_model("mixtral"), Weights()
+    before, traces_before = {n: t.clone() for n, t in module.inner.state_dict().items()}, traces(module)
+    with pytest.raises(InputError, match=r"^RouterRebalance: train .*bfloat16.*bf16-mixed") as caught:
+        trainer(tmp_path, RouterRebalance(train=train), weights, precision=precision).fit(module, loader())
+    assert "\n" not in str(caught.value) and not weights.seen
+    for name, tensor in module.inner.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+    assert traces(module) == traces_before
 
 
 # --------------------------------------------------------------------------------------------- manners

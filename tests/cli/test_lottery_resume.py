@@ -26,7 +26,7 @@ from lightning_moe.cli.main import main
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.modules.router_distillation import RouterDistillation
 from lightning_moe.search.presets import PRESETS
-from tests.helpers.checkpoint import Commands, contents, read, write_text
+from tests.helpers.checkpoint import Commands, contents, edited_copy, read, write_text
 
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 SEQ_LEN = 16
@@ -338,6 +338,33 @@ def test_killed_in_a_search(
         rest = go_on(run, args)
     assert_ends_alike(tmp_path, unbroken)
     assert rest.tuned == (work.tuned if call <= 3 else work.tuned[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "calls"),
+    [
+        ("lottery", STEP, (2, 3, 5)),
+        ("accumulated", STEP, (4, 8)),
+        ("many epochs", STEP, (3, 4, 5, 6, 9)),  # the third batch ends an epoch
+        ("router-kd", KD_STEP, (2, 5)),
+    ],
+)
+def test_killed_with_dropout(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, name: str, where: str, calls: tuple[int, ...]
+) -> None:
+    """What chance takes from attention is the same after a kill, which meanwhile has used it otherwise."""
+    write_text(text.with_name("short") / "short.txt", [(text / "harbour.txt").read_text()[:SHORT]])
+    noisy = edited_copy(checkpoint, tmp_path / "noisy", attention_dropout=0.2)
+    run.ok(*args_of(name, noisy, text, tmp_path / "whole"))
+    run.ok(*args_of(name, checkpoint, text, tmp_path / "quiet"))
+    unbroken, quiet = weights(tmp_path / "whole"), weights(tmp_path / "quiet")
+    assert any(not torch.equal(unbroken[weight], quiet[weight]) for weight in unbroken), "else this test says nothing"
+    for call in calls:
+        args = args_of(name, noisy, text, tmp_path / str(call))
+        die(run, args, where, call)
+        torch.rand(call)
+        go_on(run, args)
+        assert_ends_alike(tmp_path / str(call), tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("where", "call"), [(STEP, 2), (PART, 2), (OBSERVE, 5)])

@@ -21,6 +21,8 @@ from lightning_moe.modules import causal_lm
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.pruning.round_record import read_records
 from lightning_moe.pruning.scores import ExpertScores, score_experts
+from lightning_moe.search.diep import DiEPSearch
+from lightning_moe.search.presets import PRESETS
 from tests.helpers.checkpoint import Commands, Result, contents, documents, read, write_text
 
 STRATEGIES = ("one-shot", "iterative", "lottery", "one-shot-tuned")
@@ -385,6 +387,30 @@ def test_a_run_of_rounds_that_fails_fails_once(strategies: Strategies, finished:
     strategies.ok(*LOTTERY, "--strategies", "[one-shot,lottery]")
     assert strategies.counts["steps"] == 2  # the first round is there already
     assert lasting(strategies.cells()) == lasting({key: whole[key] for key in cells})
+
+
+@pytest.mark.parametrize("how", ["raises", "diverges"])
+def test_a_search_that_fails_leaves_a_model_to_tune(
+    strategies: Strategies, finished: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It froze the weights and left training mode; the next method gets the same model, and tunes it as ever."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    if how == "raises":
+        monkeypatch.setattr(DiEPSearch, "training_step", fail)
+    monkeypatch.setitem(PRESETS, "default", {"updates": 8, "lr": 3e38})
+    said = strategies(*LOTTERY, "--methods", "[diep,reap]")
+    assert said.code == 1 and "2 of 7 cells failed" in said.err.splitlines()[-1]
+    cells, whole = strategies.cells(), cells_in(finished)
+    for ratio in (0.25, 0.5):
+        reason = cells["diep", "lottery", ratio, 3]["reason"]
+        assert ("out of memory" if how == "raises" else "no longer finite") in reason
+    done = {key: row for key, row in cells.items() if row["status"] == "done"}
+    assert len(done) == 5
+    assert lasting(done) == lasting({key: whole[key] for key in done})
+    assert strategies.counts["loaded"] == 2  # the first served the search, too
 
 
 # ----------------------------------------------------------------------------------------------- refusals

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_moe.report.comparison import spreads, write_csv
+from lightning_moe.report.comparison import spreads, with_gaps, write_csv
 from lightning_moe.report.comparison_table import show_comparison
 
 
@@ -95,3 +95,37 @@ def test_table_of_strategies(capsys: pytest.CaptureFixture[str]) -> None:
         ["reap", "lottery", "layer", "7.00"],
         ["full model", "tuned", "", "6.00"],
     ]
+
+
+def test_gaps_by_hand() -> None:
+    """As it is 8, tuned for 0.5 with seed 0 4: 10 lies a quarter above the one, 5 a quarter above the other."""
+    full = [cell(8.0, None, "full", 0.0)]
+    full += [
+        cell(4.0, 0, "full", 0.5, "tuned"),
+        cell(2.0, 1, "full", 0.5, "tuned"),
+        cell(6.0, 0, "full", 0.25, "tuned"),
+    ]
+    tuned = {"finetune_tokens": 128}
+    full[1:] = [row | tuned for row in full[1:]]
+    others: list[tuple[dict[str, Any], float | None]] = [
+        (cell(10.0, None, "reap"), 0.25),
+        (cell(6.0, 0), -0.25),  # chance alone makes it no tuned one
+        (cell(10.0, None, "reap", strategy="iterative") | {"finetune_tokens": 0}, 0.25),
+        (cell(5.0, 0, "reap", strategy="lottery") | tuned, 0.25),
+        (cell(5.0, 1, "reap", strategy="lottery") | tuned, 1.5),
+        (cell(9.0, 0, "reap", 0.25, "lottery") | tuned, 0.5),
+        (cell(5.0, 2, "reap", strategy="lottery") | tuned, None),  # nobody tuned the full model with this seed
+        (cell(None, 0, "reap", strategy="lottery"), None),
+    ]
+    rows = [*full, *(row for row, _ in others)]
+    gapped = with_gaps(rows)
+    assert [row.get("gap") for row in gapped] == [None] * 4 + [gap for _, gap in others]
+    assert [{name: row[name] for name in row if name != "gap"} for row in gapped] == rows
+    assert not any("gap" in row for row in rows)
+
+
+def test_no_gap_to_a_full_model_that_failed() -> None:
+    """Its cell has no perplexity; those that were not tuned have their gaps all the same."""
+    lottery = cell(5.0, 0, "reap", strategy="lottery") | {"finetune_tokens": 128}
+    rows = [cell(8.0, None, "full", 0.0), cell(None, 0, "full", strategy="tuned"), lottery, cell(10.0, None, "reap")]
+    assert [row.get("gap") for row in with_gaps(rows)] == [None, None, None, 0.25]
