@@ -153,7 +153,6 @@ class TuningState(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not before: a loader that begins takes a number from chance.
         if self._random:
             torch.set_rng_state(self._random[0].cpu())
         if len(self._random) > 1:

@@ -63,7 +63,9 @@ class ResumableLoader:
 
     def __init__(self, dataset: PackedText, batches: RankBatches) -> None:
         self.dataset, self.batches = dataset, batches
-        self._loader: DataLoader[dict[str, Tensor]] = DataLoader(dataset, batch_sampler=batches)
+        # Without a generator of its own, each time through would take a number from torch's, which saves hold.
+        own = torch.Generator()
+        self._loader: DataLoader[dict[str, Tensor]] = DataLoader(dataset, batch_sampler=batches, generator=own)
         self._done = 0
         self._begun = False
 
