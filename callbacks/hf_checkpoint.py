@@ -60,8 +60,9 @@ class HFCheckpoint(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A checkpoint that a killed fit had no time to export is exported when the next one goes on from it."""
-        begun = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
-        if self.beside_checkpoints and trainer.is_global_zero and begun in self._known and not _beside(begun).is_dir():
+        begun = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
+        ours = {file.resolve() for file in self._known}
+        if self.beside_checkpoints and trainer.is_global_zero and begun in ours and not _beside(begun).is_dir():
             save_model(hugging_face_model(pl_module, "HFCheckpoint"), _beside(begun), self.tokenizer, self.dtype)
 
     @override

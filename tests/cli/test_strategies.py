@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from lightning_moe.cli import compare, methods, rounds
@@ -22,7 +23,6 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.pruning.round_record import read_records
 from lightning_moe.pruning.scores import ExpertScores, score_experts
 from lightning_moe.search.diep import DiEPSearch
-from lightning_moe.search.presets import PRESETS
 from tests.helpers.checkpoint import Commands, Result, contents, documents, read, write_text
 
 STRATEGIES = ("one-shot", "iterative", "lottery", "one-shot-tuned")
@@ -395,12 +395,13 @@ def test_a_search_that_fails_leaves_a_model_to_tune(
 ) -> None:
     """It froze the weights and left training mode; the next method gets the same model, and tunes it as ever."""
 
-    def fail(*args: Any) -> None:
-        raise RuntimeError("out of memory")
+    def fail(search: DiEPSearch, *args: Any) -> None:
+        if how == "raises":
+            raise RuntimeError("out of memory")
+        with torch.no_grad():
+            search.importance.beta_L.fill_(torch.inf)
 
-    if how == "raises":
-        monkeypatch.setattr(DiEPSearch, "training_step", fail)
-    monkeypatch.setitem(PRESETS, "default", {"updates": 8, "lr": 3e38})
+    monkeypatch.setattr(DiEPSearch, "training_step" if how == "raises" else "_update", fail)
     said = strategies(*LOTTERY, "--methods", "[diep,reap]")
     assert said.code == 1 and "2 of 7 cells failed" in said.err.splitlines()[-1]
     cells, whole = strategies.cells(), cells_in(finished)
