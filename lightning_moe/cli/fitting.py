@@ -66,10 +66,12 @@ def _own_loop(
         for name, value in kept.items():
             setattr(trainer, name, value)
         trainer.should_stop = False
-        _let_go(trainer.strategy)
+        _let_go(trainer)
 
 
-def _let_go(strategy: Any) -> None:
+def _let_go(trainer: Any) -> None:
     """Lightning keeps the last fit's module, optimisers and their state until the next one begins."""
+    strategy = trainer.strategy
     strategy.optimizers, strategy.lr_scheduler_configs = [], []
     strategy._model = strategy._lightning_module = None
+    trainer._data_connector._datahook_selector = None
