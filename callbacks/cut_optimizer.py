@@ -47,8 +47,8 @@ class CutParameters:
 def carry_state(optimizer: torch.optim.Optimizer, cut: Sequence[CutParameter]) -> None:
     """Let ``optimizer`` train the new parameters, with what it knows of the slices that stayed.
 
-    State of the parameter's own shape (Adam's moments, a momentum) is cut like the parameter; any other, such as a
-    count of steps, is kept as it is.
+    State with a slice per expert (Adam's moments, a momentum) is cut like the parameter; one figure for all of them,
+    such as a count of steps, is kept as it is. Raises ``InputError`` for state that does not say whose each part is.
     """
     by_old = {id(one.old): one for one in cut}
     for group in optimizer.param_groups:

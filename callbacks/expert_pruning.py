@@ -28,7 +28,7 @@ from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose
 from lightning_moe.pruning.round_record import RoundRecord, dropped_ids, scores_by_id, write_records
-from lightning_moe.pruning.schedule import Spacing, check_rounds, make_schedule
+from lightning_moe.pruning.schedule import Spacing, check_rounds, make_schedule, round_seed
 from lightning_moe.search.in_memory import check_method, is_search, score_in_memory
 
 
@@ -220,8 +220,8 @@ class ExpertPruning(Callback):
         self._end_round(pl_module, measured["before_prune"])
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
-            seed = self.seed + 1009 * (turn - 1)
-            scores = score_in_memory(model, batches_of(self.calibration), self.method, self.direction, seed)
+            seed, batches = round_seed(self.seed, turn), batches_of(self.calibration)
+            scores = score_in_memory(model, batches, self.method, self.direction, seed)
         seconds["estimate"] = time.perf_counter() - start
         plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._whole)
         guests: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import next_token_loss
 from lightning_moe.search.in_memory import evaluating, on_device
-from lightning_moe.stats.usage import RouterCounts, load_figures, mean_load
+from lightning_moe.stats.usage import RouterCounts, load_record
 
 
 def in_fit_measure(model: PreTrainedModel, batches: Iterable[Any]) -> dict[str, Any]:
@@ -24,14 +24,10 @@ def in_fit_measure(model: PreTrainedModel, batches: Iterable[Any]) -> dict[str, 
             counts.next_batch(batch["attention_mask"])
             loss_B, count_B = next_token_loss(model(**batch, use_cache=False).logits, batch)
             loss, tokens = loss + float(loss_B.double().sum()), tokens + int(count_B.sum())
-    taken = counts.take(lambda count_E: count_E)
-    layers: dict[str, Any] = {name: load_figures(count_E) for name, count_E in taken.items()}
-    for name, count_E in taken.items():
-        layers[name]["counts"] = count_E
     mean = loss / max(tokens, 1)
     if not math.isfinite(mean):
         raise InputError(f"the loss on the evaluation batches is {mean}; the model is damaged.")
     return {
         "perplexity": {"all": math.exp(min(mean, 700.0)), "loss": mean, "tokens": tokens},
-        "load": {"mean": mean_load(taken), **layers},
+        "load": load_record(counts.take(lambda count_E: count_E)),
     }

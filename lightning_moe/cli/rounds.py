@@ -31,8 +31,15 @@ from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose, cut_shapes
-from lightning_moe.pruning.round_record import RoundRecord, dropped_ids, read_records, scores_by_id, write_records
-from lightning_moe.pruning.schedule import RoundSchedule
+from lightning_moe.pruning.round_record import (
+    MOMENTS,
+    RoundRecord,
+    dropped_ids,
+    read_records,
+    scores_by_id,
+    write_records,
+)
+from lightning_moe.pruning.schedule import RoundSchedule, round_seed
 from lightning_moe.pruning.scores import ExpertScores, score_experts
 
 SAVE_SECONDS = 300.0
@@ -180,9 +187,7 @@ class Rounds:
                 self._tune(turn, tokens, seconds)
         if tokens and "after_finetune" not in self._part:
             self._keep_part(turn, after_finetune=self._measured(seconds), seconds=seconds)
-        moments = {
-            name: self._part[name] for name in ("before_prune", "after_prune", "after_finetune") if name in self._part
-        }
+        moments = {name: self._part[name] for name in MOMENTS if name in self._part}
         tuned = self._part.get("tuned", {"steps": 0, "tokens": 0, "lr": None})
         return RoundRecord(
             round=turn,
@@ -215,7 +220,7 @@ class Rounds:
             return observe_into(self.trainer, model, self.data, file, partial, identity, precision, stable_ranks=ranks)
 
         job = Job(self.trainer, self.model, self.data, observe, identity)
-        seed = request.seed + 1009 * (turn - 1) if method.seeded else 0
+        seed = round_seed(request.seed, turn) if method.seeded else 0
         if request.direction is not None and not method.needs_text:
             return score_experts(job.stats, method.name, request.direction, seed)
         return method.run(job, request.schedule.ratios[-1], seed, place / "search")
@@ -229,7 +234,7 @@ class Rounds:
     def _tuning_text(self, turn: int) -> TextDataModule:
         # As many windows as all rounds together need; each round draws from them in an order of its own.
         total = sum(self.request.schedule.tokens)
-        seed = self.request.seed + 1009 * turn
+        seed = round_seed(self.request.seed, turn + 1)
         return self.data.training(self.request.tune_path, total, seed, self.trainer.world_size)
 
     def _tune(self, turn: int, tokens: int, seconds: dict[str, float]) -> None:

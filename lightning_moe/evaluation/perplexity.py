@@ -15,7 +15,7 @@ from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.stats.usage import load_figures, mean_load
+from lightning_moe.stats.usage import load_record
 
 
 class BatchTimer(Callback):
@@ -81,8 +81,7 @@ def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[
         "loss": logged["validate/loss"],
         "tokens": int(logged["validate/tokens"]),
         "domains": {name.removeprefix(f"{prefix}/"): v for name, v in logged.items() if name.startswith(f"{prefix}/")},
-        "load": {"mean": mean_load(monitor.last)}
-        | {name: load_figures(count_E) | {"counts": count_E} for name, count_E in monitor.last.items()},
+        "load": load_record(monitor.last),
         "tokens_per_second": round(timer.tokens_per_second, 1),
         "world_size": trainer.world_size,
     }

@@ -57,22 +57,13 @@ def unwatched() -> Iterator[None]:
 
 @contextmanager
 def record_routing(layers: Iterable[MoELayer], record: Callable[[MoELayer, Routing], None]) -> Iterator[None]:
-    """Call ``record`` with every routing decision made inside the context."""
-    depth = _depth
+    """Call ``record`` with every routing decision made inside the context; what it returns changes nothing."""
 
-    def hook_of(layer: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if depth == _depth:
-                record(layer, read_routing(output, layer.num_experts))
+    def watch(layer: MoELayer, routing: Routing) -> None:
+        record(layer, routing)
 
-        return hook
-
-    handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in layers]
-    try:
+    with rewrite_weights(layers, watch):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -72,6 +72,11 @@ def make_schedule(
     return RoundSchedule(tuple(ratios), tuple(tokens))
 
 
+def round_seed(seed: int, turn: int) -> int:
+    """The seed of a round, counted from 1: that of the first is the run's own."""
+    return seed + 1009 * (turn - 1)
+
+
 def check_rounds(shapes: Sequence[LayerShape], schedule: RoundSchedule, scope: Scope, floor: int | None = None) -> None:
     """Raise ``InputError``, before anything is run, when a round of the schedule can drop nothing or too much.
 

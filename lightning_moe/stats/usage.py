@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,13 @@ def mean_load(counts: Mapping[str, Sequence[float]]) -> dict[str, float]:
     layers = [load_figures(count_E) for count_E in counts.values()]
     sums = {name: sum(layer[name] for layer in layers) for name in FIGURES}
     return {name: value if name == "dead" else value / len(layers) for name, value in sums.items()}
+
+
+def load_record(counts: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """The figures of each layer with its ``counts``, and under ``mean`` those of all: as records keep them."""
+    return {"mean": mean_load(counts)} | {
+        name: load_figures(count_E) | {"counts": count_E} for name, count_E in counts.items()
+    }
 
 
 class RouterCounts:
