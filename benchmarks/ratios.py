@@ -20,12 +20,12 @@ def median_ratio(ours: Callable[[], object], floor: Callable[[], object], repeat
     for repeat in range(repeats):
         # Alternate who goes first: the second of a pair finds warmer caches.
         first, second = (ours, floor) if repeat % 2 else (floor, ours)
-        seconds = {first: _seconds(first), second: _seconds(second)}
+        seconds = {first: seconds_of(first), second: seconds_of(second)}
         ratios.append(seconds[ours] / seconds[floor])
     return statistics.median(ratios)
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -8,40 +8,42 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens
-from lightning_moe.callbacks.cut_checkpoint import cut_to_checkpoint
-from lightning_moe.callbacks.cut_optimizer import CutParameters, carry_state
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
+from lightning_moe.callbacks.in_fit_cut import InFitCut, OptimizerChoice
 from lightning_moe.callbacks.in_fit_measure import in_fit_measure
 from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
 from lightning_moe.callbacks.scaled_rates import scale_rates
 from lightning_moe.criteria import Direction
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape, find_moe_layers, hugging_face_model
-from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.moe.ranks import rank
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose
-from lightning_moe.pruning.round_record import RoundRecord, dropped_ids, scores_by_id, write_records
+from lightning_moe.pruning.round_record import RoundRecord, make_record, write_records
 from lightning_moe.pruning.schedule import Spacing, check_rounds, make_schedule, round_seed
-from lightning_moe.search.in_memory import check_method, is_search, score_in_memory
+from lightning_moe.search.in_memory import check_method, score_in_memory
+from lightning_moe.search.presets import preset_of
 
 
 class ExpertPruning(Callback):
     """Prune the Hugging Face MoE inside a LightningModule, in one round or several, during a fit.
 
-    A round scores the experts that are left on calibration text, drops the lowest, cuts the weights at once, and gives
-    the optimisers the new parameters. Each is recorded in ``records``, in ``folder`` and in the logger under
-    ``expert_pruning/``. A fit that goes on from a checkpoint finds the model cut as it was, and the rounds done.
-    On one process; on several, prune between fits: that is what ``lightning-moe prune --rounds`` does.
+    A round scores the experts that are left on calibration text, drops the lowest, and gives the optimisers what is
+    new, see ``InFitCut``: on one process the weights are cut at once, on several (DDP, ``moe_fsdp``) the routers see
+    dropped experts no more. Each round is recorded in ``records``, in ``folder`` and in the logger under
+    ``expert_pruning/``. A fit that goes on from a checkpoint finds the model as it was, and the rounds done.
 
     Args:
-        calibration: Batches to score on, with ``input_ids`` and, if padded, ``attention_mask``; see ``Batches``.
+        calibration: Batches to score on, with ``input_ids`` and, if padded, ``attention_mask``; see ``Batches``. All
+            ranks are given the same, and share the work.
         ratio: Share of all experts that is gone after the last round.
         rounds: How many rounds, or the share gone after each, ascending to ``ratio``.
         method: Any criterion, or a search: ``diep``, ``diep-PRESET``.
@@ -78,7 +80,7 @@ class ExpertPruning(Callback):
         every: int | None = None,
         growth: float = 1.0,
         at: Sequence[int] | None = None,
-        optimizer: Literal["reset", "carry"] = "reset",
+        optimizer: OptimizerChoice = "reset",
         cosine: bool = False,
         min_lr_ratio: float = 0.0,
         evaluation: Batches | None = None,
@@ -86,7 +88,7 @@ class ExpertPruning(Callback):
         seed: int = 0,
     ) -> None:
         check_method(method)
-        if direction is not None and is_search(method):
+        if direction is not None and preset_of(method) is not None:
             raise InputError(f"ExpertPruning: direction {direction}: {method} is a search, no criterion; leave it out.")
         for name, value, known in (
             ("optimizer", optimizer, ("reset", "carry")),
@@ -110,10 +112,10 @@ class ExpertPruning(Callback):
         self.folder, self.seed = None if folder is None else Path(folder), seed
         self.records: list[RoundRecord] = []
         self.tokens = 0
-        """Trained on so far."""
+        """Trained on so far, over all ranks."""
         self._whole: list[LayerShape] = []
         self._step = self._epochs = self._tokens_at_round = 0
-        self._handles, self._rates = list[Any](), list[Any]()
+        self._cut, self._rates = InFitCut(), list[Any]()
 
     @property
     @override
@@ -144,14 +146,7 @@ class ExpertPruning(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.world_size > 1:
-            what = f"{trainer.world_size} processes: within a fit it cuts the weights of one only"
-            raise InputError(
-                f"ExpertPruning: {what}; `lightning-moe prune --rounds` prunes between fits, on any number."
-            )
-        # A checkpoint of a cut model is loaded before any hook of a callback could cut this one.
-        register: Any = pl_module.register_load_state_dict_pre_hook
-        self._handles.append(register(cut_to_checkpoint))
+        self._cut.begin(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,7 +154,13 @@ class ExpertPruning(Callback):
         if not self._whole:
             self._whole = [layer.shape for layer in find_moe_layers(model)]
             check_rounds(self._whole, self.schedule, self.scope, self.floor)
-        found = [layer.num_experts for layer in find_moe_layers(model)]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_fit_start: what a resumed fit knows is restored only after that, with some strategies all of it.
+        model = hugging_face_model(pl_module, "ExpertPruning")
+        self._cut.restore(model, self.keep)
+        found = [layer.shape.num_experts for layer in find_moe_layers(model)]
         left = [len(ids) for ids in self.keep.values()]
         if found != left:
             raise InputError(
@@ -167,9 +168,6 @@ class ExpertPruning(Callback):
                 f"{left}; make a new callback for a new model."
             )
 
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not in on_fit_start: what the optimisers of a resumed fit know is restored only after that.
         self._step = trainer.global_step
         self._watch_optimizers(trainer)
         if self.trigger.due(len(self.records), 0):
@@ -180,7 +178,8 @@ class ExpertPruning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         with nullcontext() if self.trigger.unit == "tokens" else suppress(TypeError):
-            self.tokens += num_tokens(batch, "ExpertPruning")
+            tokens = torch.tensor(num_tokens(batch, "ExpertPruning"), device=pl_module.device)
+            self.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
         if trainer.global_step == self._step:
             return  # gradients are being accumulated, and would be lost
         self._step = trainer.global_step
@@ -201,9 +200,10 @@ class ExpertPruning(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for handle in (*self._rates, *self._handles):
+        for handle in self._rates:
             handle.remove()
-        self._handles, self._rates = [], []
+        self._rates = []
+        self._cut.end()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -228,30 +228,23 @@ class ExpertPruning(Callback):
         for callback in guests:
             if isinstance(callback, HFCheckpoint):
                 callback.follow(trainer, pl_module)  # what has been saved is of the weights before the cut
-        cut = CutParameters(find_moe_layers(model), plan.keep)
-        keep_experts(model, plan.keep)
-        if self.optimizer == "carry":
-            for optimizer in trainer.optimizers:
-                carry_state(optimizer, cut.found())
-        else:
-            trainer.strategy.setup_optimizers(trainer)
+        keep = compose(before, plan.keep)
+        self._cut.apply(trainer, model, plan.keep, keep, self.optimizer)
+        if self.optimizer == "reset":
             self._watch_optimizers(trainer)
         seconds["prune"] = time.perf_counter() - start - seconds["estimate"]
         measured["after_prune"] = self._measured(pl_module)
-        keep = compose(before, plan.keep)
-        values = {name: value.tolist() for name, value in scores.scores.items()}
         self._tokens_at_round = self.tokens
         self.records.append(
-            RoundRecord(
+            make_record(
+                before,
+                keep,
+                scores.scores,
+                measured,
+                seconds,
                 round=turn,
                 ratio=self.schedule.ratios[turn - 1],
                 method=self.method,
-                keep=keep,
-                dropped=dropped_ids(before, keep),
-                scores=scores_by_id(values, before),
-                perplexity={name: one["perplexity"] for name, one in measured.items() if one},
-                load={name: one["load"] for name, one in measured.items() if one},
-                seconds={name: round(value, 3) for name, value in seconds.items()},
                 parameters=model.num_parameters(),
                 made_by=plan.made_by | {"step": trainer.global_step},
             )
@@ -279,7 +272,7 @@ class ExpertPruning(Callback):
         self._write()
 
     def _write(self) -> None:
-        if self.folder is not None:
+        if self.folder is not None and rank() == 0:
             write_records(self.folder / "rounds.jsonl", self.records)
 
     def _measured(self, pl_module: LightningModule) -> dict[str, Any] | None:

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_moe.errors import InputError
-from lightning_moe.moe.checkpoints import load_tokenizer, save_model
+from lightning_moe.moe.checkpoints import load_tokenizer
+from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import hugging_face_model
 
 SUFFIX = "-hf"
@@ -55,15 +56,17 @@ class HFCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hugging_face_model(pl_module, "HFCheckpoint")  # likewise
-        self._known = self._checkpoints(trainer)
+        self._known = trainer.strategy.broadcast(self._checkpoints(trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A checkpoint that a killed fit had no time to export is exported when the next one goes on from it."""
         begun = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
         ours = {file.resolve() for file in self._known}
-        if self.beside_checkpoints and trainer.is_global_zero and begun in ours and not _beside(begun).is_dir():
-            save_model(hugging_face_model(pl_module, "HFCheckpoint"), _beside(begun), self.tokenizer, self.dtype)
+        missing = begun in ours and begun is not None and not _beside(begun).is_dir()
+        if self.beside_checkpoints and trainer.strategy.broadcast(missing):
+            assert begun is not None
+            self._export(pl_module, _beside(begun))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -76,10 +79,10 @@ class HFCheckpoint(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.follow(trainer, pl_module)
-        if trainer.is_global_zero and self.folder is not None:
-            model = hugging_face_model(pl_module, "HFCheckpoint")
-            save_model(model, Path(self.folder), self.tokenizer, self.dtype)
-            print(f"The model is in {self.folder}.")
+        if self.folder is not None:
+            self._export(pl_module, Path(self.folder))
+            if trainer.is_global_zero:
+                print(f"The model is in {self.folder}.")
 
     def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export beside new checkpoints, remove what lies beside those that are gone."""
@@ -88,17 +91,21 @@ class HFCheckpoint(Callback):
         saved = [
             getattr(saver, "_last_global_step_saved", trainer.global_step) for saver in trainer.checkpoint_callbacks
         ]
-        if not self.beside_checkpoints or not trainer.is_global_zero or saved == self._saved:
+        if not self.beside_checkpoints or saved == self._saved:
             return
         self._saved = saved
-        found = self._checkpoints(trainer)
+        # As rank 0 sees them: all must export the same ones.
+        found: dict[Path, int] = trainer.strategy.broadcast(self._checkpoints(trainer))
         for file, written in found.items():
             if self._known.get(file) != written:
-                model = hugging_face_model(pl_module, "HFCheckpoint")
-                save_model(model, _beside(file), self.tokenizer, self.dtype)
-        for file in self._known.keys() - found.keys():
-            shutil.rmtree(_beside(file), ignore_errors=True)
+                self._export(pl_module, _beside(file))
+        if trainer.is_global_zero:
+            for file in self._known.keys() - found.keys():
+                shutil.rmtree(_beside(file), ignore_errors=True)
         self._known = found
+
+    def _export(self, pl_module: LightningModule, folder: Path) -> None:
+        export_model(hugging_face_model(pl_module, "HFCheckpoint"), folder, self.tokenizer, self.dtype)
 
     def _checkpoints(self, trainer: Trainer) -> dict[Path, int]:
         """What lies in the folders of the Trainer's checkpoint callbacks, and when it was written."""

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
-from lightning_moe.modules.causal_lm import next_token_loss
+from lightning_moe.modules.causal_lm import next_token_loss, padding_mask
+from lightning_moe.moe.ranks import sum_over_ranks
 from lightning_moe.search.in_memory import evaluating, on_device
 from lightning_moe.stats.usage import RouterCounts, load_record
 
@@ -22,12 +23,15 @@ def in_fit_measure(model: PreTrainedModel, batches: Iterable[Any]) -> dict[str, 
     with evaluating(model), torch.no_grad(), counts.attached():
         for batch in on_device(batches, model.device):
             counts.next_batch(batch["attention_mask"])
-            loss_B, count_B = next_token_loss(model(**batch, use_cache=False).logits, batch)
+            output = model(input_ids=batch["input_ids"], attention_mask=padding_mask(batch), use_cache=False)
+            loss_B, count_B = next_token_loss(output.logits, batch)
             loss, tokens = loss + float(loss_B.double().sum()), tokens + int(count_B.sum())
+    sums = sum_over_ranks(torch.tensor([loss, tokens], dtype=torch.float64, device=model.device))
+    loss, tokens = float(sums[0]), int(sums[1])
     mean = loss / max(tokens, 1)
     if not math.isfinite(mean):
         raise InputError(f"the loss on the evaluation batches is {mean}; the model is damaged.")
     return {
         "perplexity": {"all": math.exp(min(mean, 700.0)), "loss": mean, "tokens": tokens},
-        "load": load_record(counts.take(lambda count_E: count_E)),
+        "load": load_record(counts.take(sum_over_ranks)),
     }

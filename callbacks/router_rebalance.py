@@ -53,7 +53,6 @@ class RouterRebalance(Callback):
         self.load_balance, self.z_loss, self.bias_step, self.train = load_balance, z_loss, bias_step, train
         self._context = ExitStack()
         self._counts: RouterCounts | None = None
-        self._mask_T: Tensor | None = None
         self._scale = 1.0
         self._training = self._backward = False
         self._forwarded: set[str] = set()
@@ -103,11 +102,9 @@ class RouterRebalance(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        mask = batch_mask(batch)
-        self._mask_T = None if mask is None else mask.flatten()
         assert self._counts is not None
         self._backward = False
-        self._counts.next_batch(mask)
+        self._counts.next_batch(batch_mask(batch))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         # As the loss of the step is: divided by the batches of a step, multiplied by the scaler of 16-bit training.
         self._scale = (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
@@ -127,10 +124,7 @@ class RouterRebalance(Callback):
             self._counts.add(layer, routing)
         if not routing.weights_TK.requires_grad:
             return None
-        mask_T = self._mask_T
-        if mask_T is not None and mask_T.shape[0] != routing.logits_TE.shape[0]:
-            mask_T = None
-        weights_TK = routing.weights_TK
+        mask_T, weights_TK = self._counts.mask_of(routing), routing.weights_TK
         for name, weight, loss in (
             ("load_balance", 0.0 if biases else self.load_balance, load_balance_loss),
             ("z_loss", self.z_loss, router_z_loss),
@@ -162,7 +156,8 @@ class RouterRebalance(Callback):
             for layer in self._counts.layers:
                 for bias in layer.correction_biases:
                     count_E = torch.tensor(counts[layer.name], device=bias.device)
-                    bias += self.bias_step * torch.sign(count_E.mean() - count_E).view_as(bias).to(bias)
+                    left = slice(None) if layer.kept is None else layer.kept
+                    bias[..., left] += self.bias_step * torch.sign(count_E.mean() - count_E).to(bias)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from benchmarks import diep_step, finetune, gates, observe, prune_save, skipping
+from benchmarks import diep_step, finetune, fsdp, gates, observe, prune_save, skipping
 from benchmarks.ratios import median_ratio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [observe, gates, diep_step, skipping, prune_save, finetune])
+@pytest.mark.parametrize("benchmark", [observe, gates, diep_step, skipping, prune_save, finetune, fsdp])
 def test_prints_name_ratio_and_goal(benchmark: object, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(repeats=1)  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()

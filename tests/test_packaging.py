@@ -20,6 +20,7 @@ PACKAGE = ROOT / "lightning_moe"
 ROOMS: list[set[str]] = [
     {"version", "errors", "files"},
     {"moe"},
+    {"strategies"},
     {"data"},
     {"stats"},
     {"criteria"},

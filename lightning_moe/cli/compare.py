@@ -69,7 +69,7 @@ def compare(
         if cell.schedule is not None and cell.method is not None:
             check_rounds(shapes, cell.schedule, cell.scope)
     if options.tokens:
-        prepare_tuning(trainer, model)
+        prepare_tuning(trainer, model, options.recovery)
     validation = data.validation()
     asked = asked_model(trainer, model) | asked_data(data)
     asked |= asked_validation(validation)
@@ -78,9 +78,7 @@ def compare(
     data.setup("predict")
     validation.setup("validate")
     if options.tokens:
-        text = data.training(options.tune_path, options.tokens, 0, trainer.world_size)
-        text.check_training(trainer.world_size)
-        options.recovery.batches_per_step(text.text.tokens_NS.shape[1], trainer.world_size, data.batch_size)
+        options.check_text(data, options.tokens, trainer.world_size)
     say = Console(soft_wrap=True, highlight=False, quiet=not trainer.is_global_zero)
     if data.val_path is None:
         say.print("note: perplexity is measured on the calibration text; for other text give --data.val_path.")
@@ -238,7 +236,8 @@ class Comparison:
 
     def _figures(self, keep: dict[str, list[int]]) -> dict[str, Any]:
         """What the model is worth with only these experts."""
-        figures = measure(self.trainer, self.job.cut_model(keep), self.validation)
+        with self.job.cut_model(keep) as model:
+            figures = measure(self.trainer, model, self.validation)
         return {**figures, "method_seconds": None} | derived_figures(figures, keep, self.path, self.shapes)
 
     def _scored(self, cell: Cell) -> tuple[ExpertScores, float]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_moe.cli.methods import get_method
 from lightning_moe.cli.request import checkpoint_size, seed
 from lightning_moe.criteria import Direction, get_criterion
 from lightning_moe.errors import InputError
+from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.checkpoints import resolve
+from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.budget import Scope
 
@@ -33,6 +38,27 @@ class Cut:
             raise InputError(f"--direction {self.direction}: {self.method} is a search, no criterion; leave it out.")
         direction = None if method.needs_text else self.direction or get_criterion(self.method).direction
         return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
+
+
+def target_of(out: str, path: str) -> Path:
+    """Where the pruned model goes. Raises ``InputError`` when the model to prune lies there."""
+    target = Path(out) / "model"
+    if target.resolve() == resolve(path).resolve():
+        raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
+    return target
+
+
+def cut_on_disk(
+    trainer: Trainer, model: MoECausalLM, source: str, keep: Mapping[str, Sequence[int]], folder: Path
+) -> None:
+    """Let ``model`` hold these experts of the checkpoint at ``source``: cut into ``folder``, loaded, and removed."""
+    if trainer.is_global_zero:
+        compact_checkpoint(source, keep, folder)
+    trainer.strategy.barrier()
+    model.load(str(folder))
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        shutil.rmtree(folder)
 
 
 def reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[str, list[int]]) -> dict[str, Any]:

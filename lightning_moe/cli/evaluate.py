@@ -46,7 +46,7 @@ def evaluate(
     if run.finished:
         return run.finished
     if entry is not None:
-        model.configure_model()
+        model.prepare(trainer)
         store_entry(model.network.config, entry)
         refresh_skipping(model.network)
     count = SkipCount()

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.figure_logging import save_figure
 from lightning_moe.callbacks.usage_panels import load_before_and_after
-from lightning_moe.cli.cut import Cut, note_order, reduction
+from lightning_moe.cli.cut import Cut, note_order, reduction, target_of
 from lightning_moe.cli.display import show_rounds
 from lightning_moe.cli.methods import get_method
 from lightning_moe.cli.request import (
@@ -30,8 +30,9 @@ from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, read_config, resolve, save_model
+from lightning_moe.moe.checkpoints import layer_shapes, read_config
 from lightning_moe.moe.compaction import compact_checkpoint
+from lightning_moe.moe.export import export_model
 from lightning_moe.pruning.plan import PruningPlan
 from lightning_moe.pruning.round_record import RoundRecord, write_records
 from lightning_moe.pruning.schedule import check_rounds
@@ -61,10 +62,8 @@ def prune_in_rounds(
     if trainer.max_steps != -1:
         raise InputError(f"--trainer.max_steps {trainer.max_steps}: --finetune_tokens says how long to tune instead.")
     if options.tokens:
-        prepare_tuning(trainer, model)
-    target = Path(out) / "model"
-    if target.resolve() == resolve(path).resolve():
-        raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
+        prepare_tuning(trainer, model, options.recovery)
+    target = target_of(out, path)
     validation = data.validation()
     asked_of = asked_model(trainer, model)
     asked = asked_of | cut.asked() | {"seed": seed()} | asked_data(data)
@@ -79,9 +78,7 @@ def prune_in_rounds(
     data.setup("predict")
     validation.setup("validate")
     if options.tokens:
-        text = data.training(options.tune_path, sum(schedule.tokens), 0, trainer.world_size)
-        text.check_training(trainer.world_size)
-        options.recovery.batches_per_step(text.text.tokens_NS.shape[1], trainer.world_size, data.batch_size)
+        options.check_text(data, sum(schedule.tokens), trainer.world_size)
     lr = options.lr_of(checkpoint_size(path)["parameters"])
     request = RoundsRequest(
         method, cut.scope, schedule, options.recovery, lr, cut.direction, cut.floor, seed(), options.tune_path
@@ -107,14 +104,14 @@ def prune_in_rounds(
         if trainer.is_global_zero:
             print("Stopped; the same command goes on from the last finished step.", file=sys.stderr)
         raise
+    last = records[-1]
+    if rounds.tuned:
+        export_model(model.network, target, tokenizer=path, dtype=_stored_type(path))
     if not trainer.is_global_zero:
         return None
-    last = records[-1]
     note_order(method.name, cut.scope, bool(last.made_by["comparable"]))
     plan = PruningPlan(last.keep, asked_of["model_id"], data.text.fingerprint, last.made_by | options.asked())
-    if rounds.tuned:
-        save_model(model.network, target, tokenizer=path, dtype=_stored_type(path))
-    else:
+    if not rounds.tuned:
         compact_checkpoint(path, last.keep, target)
     plan.save(run.folder / "plan.json")
     write_records(run.folder / "rounds.jsonl", records)

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_moe.cli.leaving import GO_ON, leave, lost_rank
 from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
@@ -107,8 +108,12 @@ def main(args: ArgsType = None) -> None:
         )
     except (InputError, MisconfigurationException, OSError) as error:
         # An OSError is a full disk, a folder without permission: the message names it.
-        print(f"lightning-moe: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        leave(" ".join(str(error).split()))
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        leave(f"another process of this job is gone ({lost}). {GO_ON}", alike=False)
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
@@ -123,7 +128,7 @@ def _bare(words: list[str], place: int) -> bool:
 
 def quiet() -> None:
     """Leave out what other libraries say about themselves; our own lines and progress bars stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "huggingface_hub", "datasets", "fsspec"):
+    for name in ("lightning.pytorch", "lightning.fabric", "huggingface_hub", "datasets", "fsspec", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -20,9 +20,11 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe, did_you_mean
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import model_id
+from lightning_moe.moe.routing import mask_plan
+from lightning_moe.moe.split_tensors import is_sharded
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.pruning.scores import ExpertScores, score_experts
-from lightning_moe.search.presets import PRESETS
+from lightning_moe.search.presets import PRESETS, method_of
 from lightning_moe.stats.store import ModelStats
 
 
@@ -62,7 +64,7 @@ class Job:
     def model(self) -> MoECausalLM:
         """The model with all its experts, loaded."""
         with self._preparation():
-            self._whole().configure_model()
+            self._whole().prepare(self.trainer)
         return self._model
 
     @property
@@ -79,12 +81,20 @@ class Job:
                     raise
         return self._stats
 
-    def cut_model(self, keep: Mapping[str, Sequence[int]]) -> MoECausalLM:
-        """The model with only these experts, in memory; whoever asks for ``model`` next gets a whole one."""
+    @contextmanager
+    def cut_model(self, keep: Mapping[str, Sequence[int]]) -> Iterator[MoECausalLM]:
+        """The model with only these experts, in memory; whoever asks for ``model`` next gets a whole one.
+
+        Where it is split over ranks the others are masked, which gives the same.
+        """
         model = self.model
+        if is_sharded(model.network):
+            with mask_plan(model.moe_layers, keep):
+                yield model
+            return
         self._cut = bool(keep)
         keep_experts(model.network, keep)
-        return model
+        yield model
 
     def whole_model_to_change(self) -> MoECausalLM:
         """The model with all its experts, loaded, to do with as one likes; whoever asks next gets another."""
@@ -159,7 +169,7 @@ def _of_criterion(criterion: Criterion) -> Method:
 
 
 def _of_preset(preset_name: str) -> Method:
-    name = "diep" if preset_name == "default" else f"diep-{preset_name}"
+    name = method_of(preset_name)
 
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
         module = run_search(job.trainer, job.model, job.data, PRESETS[preset_name], seed, folder)

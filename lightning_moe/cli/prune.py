@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_moe.cli.cut import Cut, note_order, reduction
+from lightning_moe.cli.cut import Cut, note_order, reduction, target_of
 from lightning_moe.cli.methods import Job, get_method
 from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, seed
 from lightning_moe.cli.run_folder import RunFolder
@@ -19,7 +19,7 @@ from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import layer_shapes, resolve
+from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
 from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.merging import merge_groups
@@ -101,9 +101,7 @@ def prune(
         check_mergeable(path)
     if skipping is not None:
         asked["skipping"] = skipping
-    target = Path(out) / "model"
-    if target.resolve() == resolve(path).resolve():
-        raise InputError(f"--out {out}: {target} is the model to prune and would be replaced; give another folder.")
+    target = target_of(out, path)
     run = RunFolder(out, "prune", asked_of | asked, overwrite)
     if run.finished and target.is_dir():
         return run.finished

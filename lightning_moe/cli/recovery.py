@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,7 +118,6 @@ def tune(
     lr: float,
     saves: StepSaves,
     teacher: TeacherCache | None = None,
-    callbacks: Sequence[Callback] = (),
 ) -> Tuned:
     """Tune ``network`` in place on about ``tokens`` tokens, going on from the newest save if there is one."""
     data.setup("fit")
@@ -131,7 +129,7 @@ def tune(
     module.adopt(network)
     state = TuningState()
     torch.manual_seed(data.shuffle_seed)
-    fit_steps(trainer, module, data, steps, batches, saves, "step", [recovery.rebalance(), state, *callbacks], CLIP)
+    fit_steps(trainer, module, data, steps, batches, saves, "step", [recovery.rebalance(), state], CLIP)
     return Tuned(steps, state.tokens)
 
 

@@ -28,7 +28,8 @@ def seed() -> int:
 
 def weights_type(trainer: Trainer, model: MoECausalLM) -> str:
     """In what precision the model runs: how its weights are loaded, and what the Trainer makes of them."""
-    return f"{model.dtype_name}, {trainer.precision}"
+    quantize = getattr(trainer.strategy, "quantize", None)
+    return ", ".join(map(str, filter(None, (model.dtype_name, trainer.precision, quantize))))
 
 
 def asked_model(trainer: Trainer, model: MoECausalLM) -> dict[str, Any]:

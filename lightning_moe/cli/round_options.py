@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_moe.cli.recovery import Recovery, default_lr
 from lightning_moe.cli.request import model_path, refuse_less_text
+from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.data.text import content_fingerprint
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -59,6 +59,12 @@ class RoundOptions:
                 "there is no tuning. Give it, or leave them out."
             )
 
+    def check_text(self, data: TextDataModule, tokens: int, world_size: int) -> None:
+        """Raise ``InputError`` when the text to tune on is not there, or does not go with the size of a step."""
+        text = data.training(self.tune_path, tokens, 0, world_size)
+        text.check_training(world_size)
+        self.recovery.batches_per_step(text.text.tokens_NS.shape[1], world_size, data.batch_size)
+
     def lr_of(self, parameters: int) -> float:
         """The learning rate asked for, or the default of a model of this size."""
         return default_lr(parameters, self.recovery.kind) if self.lr is None else self.lr
@@ -79,22 +85,25 @@ class RoundOptions:
         return {f"finetune.{name}": value for name, value in tuning.items()}
 
 
-def prepare_tuning(trainer: Trainer, model: MoECausalLM) -> None:
+def prepare_tuning(trainer: Trainer, model: MoECausalLM, recovery: Recovery) -> None:
     """See that steps of tuning are not lost: weights stored in 16 bits are loaded as float32.
 
-    Raises ``InputError`` where 16 bits are asked for, or a strategy that shards the model.
+    Where only routers learn (and norms), the rest may stay in 16 bits: what learns is held in float32. Raises
+    ``InputError`` where 16 bits would be trained, and for a quantised model.
     """
     refuse_less_text(trainer, "limit_train_batches")
     if trainer.precision.endswith("-true") and not trainer.precision.startswith(("32", "64")):
         raise InputError(
             f"--trainer.precision {trainer.precision}: the small steps of tuning vanish in 16 bits; give bf16-mixed."
         )
-    if model.dtype_name in ("bfloat16", "float16"):
+    if getattr(trainer.strategy, "quantize", None):
+        raise InputError("moe_fsdp: quantize is for score and search; tuning changes what would be packed.")
+    partly = recovery.kind == "router-kd" or recovery.train != "all"
+    if model.dtype_name in ("bfloat16", "float16") and not (partly and trainer.precision == "bf16-mixed"):
         raise InputError(
-            f"--model.dtype {model.dtype_name}: the small steps of tuning vanish in 16 bits; leave it out. Weights are "
-            "saved in the type they came in."
+            f"--model.dtype {model.dtype_name}: the small steps of tuning vanish in 16 bits; leave it out, or tune "
+            "routers alone (--recovery.train routers+norms) with --trainer.precision bf16-mixed. Weights are saved in "
+            "the type they came in."
         )
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-        raise InputError("--trainer.strategy: rounds do not tune sharded models yet; give auto or ddp.")
     if model.dtype_name == "auto" and read_config(model_path(model)).dtype in HALF_PRECISION:
         model.dtype_name = "float32"

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from lightning_moe.cli.cut import cut_on_disk
 from lightning_moe.cli.methods import Job, Method
 from lightning_moe.cli.recovery import Recovery, tune
-from lightning_moe.cli.request import weights_type
+from lightning_moe.cli.request import model_path, weights_type
 from lightning_moe.cli.score import observe_into
 from lightning_moe.cli.step_saves import StepSaves
 from lightning_moe.cli.teacher import cache_teacher
@@ -26,17 +28,18 @@ from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.files import write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import all_finite, load_model, save_model
+from lightning_moe.moe.checkpoints import all_finite
+from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.split_tensors import is_sharded, local
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose, cut_shapes
 from lightning_moe.pruning.round_record import (
     MOMENTS,
     RoundRecord,
-    dropped_ids,
+    make_record,
     read_records,
-    scores_by_id,
     write_records,
 )
 from lightning_moe.pruning.schedule import RoundSchedule, round_seed
@@ -147,20 +150,20 @@ class Rounds:
         """The model as the last finished step left it."""
         begun = len(self.records) + 1
         place = self._place(begun if "tuned" in self._part else begun - 1) / "model"
+        self.model.attach(self.trainer)
         if self.tuned or "tuned" in self._part:
-            self.model.release()
-            self.model.adopt(load_model(str(place), dtype=self.model.dtype_name).train())
+            self.model.load(str(place))
             return
         self.model.configure_model()
         if self.records and self.request.method is not None:
-            keep_experts(self.model.network, self.records[-1].keep)
+            self._cut(begun, self.records[-1].keep, self.records[-1].keep)
 
     def _round(self, turn: int) -> RoundRecord:
         request, ratio = self.request, self.request.schedule.ratios[turn - 1]
         tokens = request.schedule.tokens[turn - 1]
         before = self.records[-1].keep if self.records else {s.name: list(range(s.num_experts)) for s in self.shapes}
         seconds: dict[str, float] = self._part.get("seconds", {})
-        scores: dict[str, list[float]] = {}
+        scores: dict[str, Tensor] = {}
         now_keep: dict[str, list[int]] = {}
         keep, comparable, made_by = before, True, {}
         if request.method is not None:
@@ -171,15 +174,14 @@ class Rounds:
             now = cut_shapes(self.shapes, before)
             found = ExpertScores.from_json(self._part["scores"], now, self.identity, self.data.text.fingerprint)
             plan = make_plan(found, ratio, request.scope, request.floor, whole=self.shapes)
-            scores = {name: values.tolist() for name, values in found.scores.items()}
-            now_keep, comparable, made_by = plan.keep, found.comparable, plan.made_by
-            keep = compose(before, now_keep)
+            scores, comparable, made_by = found.scores, found.comparable, plan.made_by
+            now_keep, keep = plan.keep, compose(before, plan.keep)
         if "before_prune" not in self._part:
             last = _last_moment(self.records[-1]) if self.records else self._first_moment
             self._keep_part(turn, before_prune=last or self._measured(seconds), seconds=seconds)
         if "tuned" not in self._part:
             with _timed(seconds, "prune"):
-                keep_experts(self.model.network, now_keep)
+                self._cut(turn, now_keep, keep)
             if "after_prune" not in self._part:
                 same = self._part["before_prune"] if request.method is None else None
                 self._keep_part(turn, after_prune=same or self._measured(seconds), seconds=seconds)
@@ -188,23 +190,33 @@ class Rounds:
         if tokens and "after_finetune" not in self._part:
             self._keep_part(turn, after_finetune=self._measured(seconds), seconds=seconds)
         moments = {name: self._part[name] for name in MOMENTS if name in self._part}
-        tuned = self._part.get("tuned", {"steps": 0, "tokens": 0, "lr": None})
-        return RoundRecord(
+        return make_record(
+            before,
+            keep,
+            scores,
+            moments,
+            seconds,
             round=turn,
             ratio=ratio,
             method=request.method.name if request.method is not None else "none",
-            keep=keep,
-            dropped=dropped_ids(before, keep),
-            scores=scores_by_id(scores, before),
-            perplexity={name: moment["perplexity"] for name, moment in moments.items()},
-            load={name: moment["load"] for name, moment in moments.items()},
-            seconds={name: round(value, 3) for name, value in seconds.items()},
-            tokens=tuned["tokens"],
-            steps=tuned["steps"],
-            lr=tuned["lr"],
             parameters=self.model.network.num_parameters(),
             made_by={**made_by, "comparable": comparable, "recovery": request.recovery.kind},
+            **self._part.get("tuned", {}),
         )
+
+    def _cut(self, turn: int, now_keep: Mapping[str, Sequence[int]], keep: Mapping[str, Sequence[int]]) -> None:
+        """Drop what goes in this round: ``now_keep`` are ids of what is there now, ``keep`` of the whole model.
+
+        A model that is split over ranks is cut on disk, where nobody needs to hold it, and loaded anew.
+        """
+        if not is_sharded(self.model.network):
+            keep_experts(self.model.network, now_keep)
+            return
+        folder = self._place(turn) / "cut"
+        if self.tuned:
+            cut_on_disk(self.trainer, self.model, str(self._place(turn - 1) / "model"), now_keep, folder)
+        else:
+            cut_on_disk(self.trainer, self.model, model_path(self.model), keep, folder)
 
     def _estimate(self, turn: int) -> ExpertScores:
         """Scores of the experts that are left, on the calibration text."""
@@ -248,11 +260,11 @@ class Rounds:
                     self.trainer, self.model.network, text, request.recovery, tokens, request.lr, saves, self._teacher
                 )
             tuned = {"steps": done.steps, "tokens": done.tokens, "lr": request.lr}
-            if not all(all_finite(parameter) for parameter in self.model.network.parameters()):
+            finite = all(all_finite(local(parameter)) for parameter in self.model.network.parameters())
+            if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
                 raise InputError(f"--finetune_lr {request.lr:.3g}: the tuning of round {turn} diverged; lower it.")
         with _timed(seconds, "save"):
-            if self.trainer.is_global_zero:
-                save_model(self.model.network, place / "model")
+            export_model(self.model.network, place / "model")
         self._keep_part(turn, tuned=tuned, seconds=seconds)
         if self.trainer.is_global_zero:
             shutil.rmtree(place / "saves", ignore_errors=True)

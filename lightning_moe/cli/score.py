@@ -92,7 +92,7 @@ def observe_into(
     if stored is not None:
         return stored
     refuse_less_text(trainer, "limit_predict_batches")
-    model.configure_model()
+    model.prepare(trainer)
     check_vocabulary(model, data)
 
     def resume(batch: int) -> None:

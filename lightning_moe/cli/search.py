@@ -115,7 +115,7 @@ def run_search(
         raise InputError(f"--trainer.max_steps {trainer.max_steps}: the length of a search is --updates; leave it out.")
     calibration = data.calibration(shuffle_seed=seed)
     calibration.setup("fit")
-    model.configure_model()
+    model.prepare(trainer)
     check_vocabulary(model, calibration)
     module = DiEPSearch(model, seed=seed, **arguments)
     saves = StepSaves(folder, every_steps=SAVE_EVERY)

@@ -47,14 +47,27 @@ class StepSaves(Checkpoint):
             return
         file = self.folder / f"step-{self._step}.ckpt"
         beside = file.with_suffix(".partial")
+        if trainer.is_global_zero:
+            _remove(beside)  # of a save that was killed
+        trainer.strategy.barrier()
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
+            if file.is_dir():  # which no other folder can take the place of
+                _remove(file)
             beside.replace(file)
             for old in self.folder.glob("step-*.ckpt"):
                 if old != file:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+                    _remove(old)
         trainer.strategy.barrier()
         self._time = time.monotonic()
+
+
+def _remove(save: Path) -> None:
+    """A file, or of a split model a folder; one that is not there is fine."""
+    if save.is_dir():
+        shutil.rmtree(save)
+    else:
+        save.unlink(missing_ok=True)
 
 
 def step_of(file: Path) -> int:

@@ -30,7 +30,7 @@ def cache_teacher(trainer: Trainer, model: MoECausalLM, text: TextDataModule, fo
     cache = TeacherCache(folder, windows, seq_len, min(CANDIDATES, vocabulary), text.text.fingerprint)
     if cache.complete:
         return cache
-    model.configure_model()
+    model.prepare(trainer)
     trainer.predict(AnswerPass(model, cache), datamodule=text, return_predictions=False)
     if trainer.is_global_zero:
         cache.finish()

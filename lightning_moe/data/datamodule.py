@@ -12,6 +12,7 @@ from lightning_moe.data.packing import PackedText, pack
 from lightning_moe.data.text import content_fingerprint, count_domains, read_domains
 from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import load_tokenizer, read_config
+from lightning_moe.moe.ranks import check_same
 
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_SAMPLES = 256
@@ -149,6 +150,8 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, text: PackedText, *, train: bool) -> ResumableLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.trainer:
+            check_same("the text's fingerprint", text.fingerprint)
         batches = RankBatches(
             len(text),
             self.batch_size,

@@ -63,7 +63,7 @@ def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[
     rank's ``tokens_per_second``. Raises ``InputError`` when the perplexity is not finite.
     """
     data.setup("validate")
-    model.configure_model()
+    model.prepare(trainer)
     check_vocabulary(model, data)
     timer, monitor = BatchTimer(), ExpertUsageMonitor()
     trainer.callbacks += [timer, monitor]  # type: ignore[attr-defined]

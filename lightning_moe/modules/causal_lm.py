@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 from transformers import AutoConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import load_model, new_model
+from lightning_moe.moe.decoding import decode
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
+from lightning_moe.moe.split_tensors import is_split
 
 Batch = dict[str, Tensor]
 
@@ -58,12 +61,25 @@ class MoECausalLM(LightningModule):
         self.moe_layers: list[MoELayer] = []
         self._domain_loss: dict[int, tuple[SumMetric, SumMetric]] = {}
 
+    def attach(self, trainer: Trainer) -> None:
+        """Belong to ``trainer`` before its own loop begins; where it splits models, the ranks know each other then."""
+        self.trainer = trainer
+        begin: Callable[[LightningModule], None] | None = getattr(trainer.strategy, "begin", None)
+        if begin is not None:
+            begin(self)
+
+    def prepare(self, trainer: Trainer) -> MoECausalLM:
+        """Make or load the model before the loop of ``trainer`` does so; all ranks must call it. Returns itself."""
+        self.attach(trainer)
+        self.configure_model()
+        return self
+
     def configure_model(self) -> None:
         """Make or load the model, once."""
         if self.model is not None:
             return
         if self.path is not None:
-            network = load_model(self.path, dtype=self.dtype_name)
+            network = self._loaded(self.path)
         elif self.config is not None:
             settings = dict(self.config)
             dtype = torch.float32 if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
@@ -90,6 +106,17 @@ class MoECausalLM(LightningModule):
         self.model, self.moe_layers = None, []
         gc.collect()
 
+    def load(self, path: str) -> None:
+        """Hold the weights of another checkpoint from now on."""
+        self.release()
+        self.adopt(self._loaded(path).train())
+
+    def _loaded(self, path: str) -> PreTrainedModel:
+        """By the strategy of the Trainer where it splits models over ranks: each loads its part."""
+        load: Callable[..., PreTrainedModel]
+        load = getattr(getattr(self._trainer, "strategy", None), "load_split", load_model)
+        return load(path, dtype=self.dtype_name)
+
     @property
     def network(self) -> PreTrainedModel:
         """The model; an error in our own order of calls if it is not made yet."""
@@ -99,7 +126,7 @@ class MoECausalLM(LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits, ``(B, S, V)``."""
         logits: Tensor = self.network(
-            input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False
+            input_ids=batch["input_ids"], attention_mask=padding_mask(batch), use_cache=False
         ).logits
         return logits
 
@@ -128,10 +155,7 @@ class MoECausalLM(LightningModule):
 
     def decode(self, batch: Batch) -> Tensor:
         """What the output head is given, ``(B, S, H)``."""
-        hidden: Tensor = self.network.base_model(
-            input_ids=batch["input_ids"], attention_mask=_padding_mask(batch), use_cache=False
-        ).last_hidden_state
-        return hidden
+        return decode(self.network, batch["input_ids"], padding_mask(batch))
 
     def _domain_sums(self, domain: int) -> tuple[SumMetric, SumMetric]:
         if domain not in self._domain_loss:
@@ -172,15 +196,18 @@ class MoECausalLM(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with decay on matrices only; linear warm-up, then a cosine down to ``min_lr_ratio``."""
         embeddings = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, False): [], (False, False): []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 # The biases of stacked experts have two dimensions; the name tells.
                 matrix = parameter.dim() >= 2 and id(parameter) not in embeddings and not name.endswith("bias")
-                (decayed if matrix else plain).append(parameter)
+                # Split and whole tensors apart: optimisers take one kind at a time.
+                groups.setdefault((matrix, is_split(parameter)), []).append(parameter)
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": parameters, "weight_decay": self.weight_decay if matrix else 0.0}
+                for (matrix, _), parameters in groups.items()
+            ],
             lr=self.lr,
             betas=self.betas,
         )
@@ -215,7 +242,7 @@ def next_token_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss.view_as(target).sum(-1), counted.sum(-1)
 
 
-def _padding_mask(batch: Batch) -> Tensor | None:
+def padding_mask(batch: Batch) -> Tensor | None:
     """The attention mask, or None when nothing is padded: attention without a mask is faster.
 
     A fully blank window has no token to attend to; it is run unmasked, and its rows count nowhere.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -44,13 +43,10 @@ from lightning_moe.moe.non_uniform import COUNT_NAMES
 from lightning_moe.moe.skip_tables import cut_entry, store_entry
 from lightning_moe.moe.skipping import CONFIG_KEY
 from lightning_moe.moe.surgery import check_keep, keep_experts, set_counts
-
-SHARD_BYTES = 4 << 30
-"""Largest weight file written, and about the most memory used."""
+from lightning_moe.moe.weight_shards import LAYER, SHARD_BYTES, write_shards
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -111,7 +107,7 @@ def compact_checkpoint(
     cut_entry(model.config, {index: ids for index, (_, ids) in by_index.items()})
     with replaced_folder(target) as beside:
         _copy_companions(folder, beside)
-        _write_shards(_kept_tensors(files, {**cuts, **merged}), beside, shard_bytes)
+        write_shards(_kept_tensors(files, {**cuts, **merged}), beside, shard_bytes)
         config = _with_counts(json.loads((folder / "config.json").read_text()), model.config, type(model).__name__)
         add_modelling_file(config, beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -246,35 +242,6 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.element_size() > 1 and not all_finite(tensor):
         raise InputError(f"{name} holds values that are not finite; the checkpoint is damaged.")
     return tensor
-
-
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
-    shard: dict[str, Tensor] = {}
-    shard_names: list[list[str]] = []
-    size = total = 0
-
-    def flush() -> None:
-        save_file(shard, folder / f"shard-{len(shard_names):05d}", metadata={"format": "pt"})
-        shard_names.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        shard[name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    if len(shard_names) == 1:
-        (folder / "shard-00000").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shard_names):
-        file = f"model-{number + 1:05d}-of-{len(shard_names):05d}.safetensors"
-        (folder / f"shard-{number:05d}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _with_counts(raw: dict[str, Any], config: PreTrainedConfig, type_name: str) -> dict[str, Any]:

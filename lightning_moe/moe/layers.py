@@ -9,6 +9,13 @@ from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.non_uniform import Block, find_blocks, per_expert_tensors, stacked_parameters
+from lightning_moe.moe.split_tensors import whole
+
+KEPT = "lightning_moe_kept"
+"""Where a router whose other experts are masked out keeps the ids of those that are left."""
+
+UNPACK = "lightning_moe_unpack"
+"""Where an experts module with packed stacks keeps what unpacks each, by name."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,20 @@ class MoELayer:
         )
 
     @property
+    def kept(self) -> list[int] | None:
+        """The experts that are left where others are masked out; None where none is."""
+        kept: list[int] | None = vars(self.router).get(KEPT)
+        return kept
+
+    @property
     def shape(self) -> LayerShape:
+        """With the number of experts that are left."""
         groups = getattr(self.router, "num_group", None) or 1
         if getattr(self.router, "topk_method", "") == "greedy":  # DeepSeek-V2 has groups in its config, unused
             groups = 1
         topk_group = (getattr(self.router, "topk_group", None) or 1) if groups > 1 else 1
-        return LayerShape(self.name, self.parts.index, self.num_experts, self.top_k, groups, topk_group)
+        left = self.num_experts if self.kept is None else len(self.kept)
+        return LayerShape(self.name, self.parts.index, left, self.top_k, groups, topk_group)
 
     @property
     def router_weight(self) -> Tensor:
@@ -88,9 +103,14 @@ class MoELayer:
 
     @property
     def expert_matrices(self) -> list[Tensor]:
-        """The experts' matrices as stacks ``(E, ., .)``, a fused gate-and-up stack taken apart."""
+        """The experts' matrices as stacks ``(E, ., .)``, a fused gate-and-up stack taken apart.
+
+        Of a model that is split over ranks every rank must ask, and gets them as a whole.
+        """
         matrices: list[Tensor] = []
-        for name, stack in stacked_parameters(self.experts).items():
+        unpack = vars(self.experts).get(UNPACK, {})
+        for name, stored in stacked_parameters(self.experts).items():
+            stack = unpack[name]() if name in unpack else whole(stored)
             if not name.startswith("gate_up"):
                 matrices.append(stack)
                 continue

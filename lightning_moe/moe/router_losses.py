@@ -19,14 +19,14 @@ def load_balance_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     ``E`` in it, the loss weighs layers of different counts the same. ``mask_T`` is 0 at padding.
     """
     probability_TE = routing.logits_TE.float().softmax(-1)
-    num_experts = probability_TE.shape[-1]
     weight_T = _weights(probability_TE, mask_T)
-    chosen_E = probability_TE.new_zeros(num_experts).index_add(
+    chosen_E = probability_TE.new_zeros(probability_TE.shape[-1]).index_add(
         0, routing.expert_ids_TK.flatten(), weight_T.repeat_interleave(routing.expert_ids_TK.shape[-1])
     )
     share_E = chosen_E / chosen_E.sum().clamp(min=1)
     mean_E = (weight_T[:, None] * probability_TE).sum(0) / weight_T.sum().clamp(min=1)
-    return num_experts * (share_E * mean_E).sum()
+    left = (routing.logits_TE > -torch.inf).any(0).sum()  # without those that are masked out
+    return left * (share_E * mean_E).sum()
 
 
 def router_z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_moe.errors import InputError
-from lightning_moe.moe.layers import MoELayer
+from lightning_moe.moe.layers import KEPT, MoELayer
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,12 @@ def mask_experts(layer: MoELayer, keep: Sequence[int]) -> Iterator[None]:
         for bias in biases:
             bias[..., dropped_E.to(bias.device)] = float("-inf")
     layer.router.forward = masked_forward
+    vars(layer.router)[KEPT] = list(keep)
     try:
         yield
     finally:
         del layer.router.forward  # the instance attribute; the class's own forward is back
+        del vars(layer.router)[KEPT]
         with torch.no_grad():
-            for bias, value in zip(biases, saved, strict=True):
-                bias.copy_(value)
+            for bias, value in zip(biases, saved, strict=True):  # the others may have moved
+                bias[..., dropped_E.to(bias.device)] = value[..., dropped_E.to(bias.device)]

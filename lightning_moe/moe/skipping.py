@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "expert_skipping"
@@ -143,7 +144,21 @@ def _outputs(experts: nn.Module, inputs_NH: Tensor, expert_N: Tensor, count_E: T
 
 
 def _grouped_linear(experts: nn.Module, name: str, inputs: Tensor, expert_N: Tensor, count_E: Tensor) -> Tensor:
-    weight: Tensor = getattr(experts, name)
+    unpack = vars(experts).get("lightning_moe_unpack")
+    if unpack is None:
+        return _multiplied(experts, name, getattr(experts, name), inputs, expert_N, count_E)
+
+    def unpacked(rows: Tensor) -> Tensor:
+        return _multiplied(experts, name, unpack[name](), rows, expert_N, count_E)
+
+    # Unpacked anew for backward: kept until then, the weights of all layers would be there at once.
+    outputs: Tensor = checkpoint(unpacked, inputs, use_reentrant=False)
+    return outputs
+
+
+def _multiplied(
+    experts: nn.Module, name: str, weight: Tensor, inputs: Tensor, expert_N: Tensor, count_E: Tensor
+) -> Tensor:
     if not experts.is_transposed:
         weight = weight.transpose(-2, -1)
     inputs = inputs.to(weight.dtype)

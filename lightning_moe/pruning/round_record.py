@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import replaced_file
 
@@ -87,6 +89,31 @@ def read_records(file: Path) -> list[RoundRecord]:
                 f"{file}: line {len(records) + 1} is no record of a round ({first_line(error)})."
             ) from error
     return records
+
+
+def make_record(
+    before: Mapping[str, Sequence[int]],
+    keep: dict[str, list[int]],
+    scores: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Any] | None],
+    seconds: Mapping[str, float],
+    **more: Any,
+) -> RoundRecord:
+    """A record from what a round works with.
+
+    ``before`` and ``keep`` are the ids that were there and are left, ``scores`` those of the former by place, and
+    ``moments`` what was measured, None where nothing was. ``more`` are the other fields.
+    """
+    measured = {name: moment for name, moment in moments.items() if moment}
+    return RoundRecord(
+        keep=keep,
+        dropped=dropped_ids(before, keep),
+        scores=scores_by_id({name: score_E.tolist() for name, score_E in scores.items()}, before),
+        perplexity={name: moment["perplexity"] for name, moment in measured.items()},
+        load={name: moment["load"] for name, moment in measured.items()},
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        **more,
+    )
 
 
 def scores_by_id(

@@ -18,6 +18,7 @@ from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import Batch, MoECausalLM, next_token_loss
 from lightning_moe.moe.experts import expert_hooks
 from lightning_moe.moe.layers import MoELayer
+from lightning_moe.moe.ranks import average_over_ranks
 from lightning_moe.moe.routing import Routing, record_routing
 from lightning_moe.pruning.budget import make_plan
 from lightning_moe.pruning.scores import ExpertScores
@@ -133,7 +134,7 @@ class DiEPSearch(LightningModule):
         self.model.configure_model()
         if self._importance is not None:
             return
-        counts = [layer.num_experts for layer in self.moe_layers]
+        counts = [layer.shape.num_experts for layer in self.moe_layers]
         self._importance = ImportanceLogits(counts)
         if not self.learn_alpha:
             self._importance.alphas.requires_grad_(False)
@@ -230,7 +231,7 @@ class DiEPSearch(LightningModule):
             count_E = torch.bincount(ids, minlength=layer.num_experts)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(count_E)
-            self._routed[layer.name] += count_E.double().cpu()
+            self._routed[layer.name] += (count_E if layer.kept is None else count_E[layer.kept]).double().cpu()
 
         return count
 
@@ -242,6 +243,8 @@ class DiEPSearch(LightningModule):
         optimizer = both[0] if turns_alpha else both[-1]
         for group in optimizer.param_groups:
             group["lr"] = self.lr * self.lr_factor(self.done)
+            # Some strategies have averaged already, which changes nothing; within somebody's fit nobody has.
+            average_over_ranks(parameter.grad for parameter in group["params"] if parameter.grad is not None)
         optimizer.step()
         for each in both:
             each.zero_grad()
@@ -281,10 +284,12 @@ class DiEPSearch(LightningModule):
         return {layer.name: (alpha_E.detach(), beta.detach()) for layer, alpha_E, beta in layers}
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # it has overloads
         """Alpha and beta alone: the model is where it came from, and as it was."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if name.startswith("_importance.")}
+        return self.importance.state_dict(prefix="_importance.")
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["diep_search"] = {"done": self.done, "batches": self._batches, "routed": self._routed}
 
     @override

@@ -13,28 +13,24 @@ from transformers import PreTrainedModel
 
 from lightning_moe.criteria import Direction, get_criterion
 from lightning_moe.errors import InputError
-from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.modules.causal_lm import MoECausalLM, padding_mask
+from lightning_moe.moe.decoding import decode
+from lightning_moe.moe.ranks import num_ranks, rank
 from lightning_moe.moe.routing import unwatched
 from lightning_moe.pruning.scores import ExpertScores, score_experts
 from lightning_moe.search.diep import DiEPSearch
-from lightning_moe.search.presets import preset
+from lightning_moe.search.presets import preset, preset_of
 from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.store import ModelStats
-
-SEARCH = "diep"
-"""The method that is a search; ``diep-PRESET`` names one of its presets."""
 
 
 def check_method(method: str) -> None:
     """Raise ``InputError`` for a method that is neither a criterion nor a search."""
-    if is_search(method):
-        preset(_preset_name(method))
-    else:
+    name = preset_of(method)
+    if name is None:
         get_criterion(method)
-
-
-def is_search(method: str) -> bool:
-    return method == SEARCH or method.startswith(f"{SEARCH}-")
+    else:
+        preset(name)
 
 
 def score_in_memory(
@@ -46,11 +42,12 @@ def score_in_memory(
 ) -> ExpertScores:
     """Score the experts of ``model``; it is left as it was, in the mode it was in.
 
-    ``batches`` hold ``input_ids`` and, where something is padded, ``attention_mask``. A criterion reads them once and
-    sums over ranks; a search goes over them again and again until its updates are made.
+    ``batches`` hold ``input_ids`` and, where something is padded, ``attention_mask``; every rank is given the same and
+    computes its share of them. A criterion reads them once; a search again and again until its updates are made.
     """
-    if is_search(method):
-        module = _search(model, batches, preset(_preset_name(method)), seed)
+    name = preset_of(method)
+    if name is not None:
+        module = _search(model, batches, preset(name), seed)
         shapes = [layer.shape for layer in module.moe_layers]
         return ExpertScores("", "", method, shapes, module.scores(), True, {"seed": seed})
     observation = Observation(model).to(model.device)
@@ -59,15 +56,11 @@ def score_in_memory(
         for batch in on_device(batches, model.device):
             empty = False
             observation.next_batch(batch["input_ids"], batch["attention_mask"])
-            model.base_model(**batch, use_cache=False)
+            decode(model, batch["input_ids"], padding_mask(batch))
     if empty:
         raise InputError("no calibration batches; a generator can be read only once, and every round reads.")
     layers = observation.compute(get_criterion(method).stable_ranks)
     return score_experts(ModelStats("", "", layers), method, direction, seed)
-
-
-def _preset_name(method: str) -> str:
-    return method.removeprefix(SEARCH).removeprefix("-") or "default"
 
 
 def _search(
@@ -101,7 +94,21 @@ def _again_and_again(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mappin
 
 
 def on_device(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Ids and mask alone, on the device; a batch without a mask gets one of ones."""
+    """This rank's share of the batches, of which all are given the same: ids and mask alone, on the device.
+
+    A batch without a mask gets one of ones. Every rank gets as many: for the last, one that counts nowhere, if need be.
+    """
+    last: dict[str, Tensor] | None = None
+    number = -1
+    for number, batch in enumerate(_plain(batches, device)):
+        last = batch
+        if number % num_ranks() == rank():
+            yield batch
+    if last is not None and number % num_ranks() < rank():
+        yield last | {"attention_mask": torch.zeros_like(last["attention_mask"])}
+
+
+def _plain(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
     for batch in batches:
         if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
             raise InputError("batches must be mappings with a tensor `input_ids`.")

@@ -36,6 +36,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Arguments of ``DiEPSearch`` by preset; what one does not name is the class's default."""
 
 
+SEARCH = "diep"
+"""The method that is a search; ``diep-PRESET`` names a preset other than the default."""
+
+
+def method_of(preset_name: str) -> str:
+    """What methods call the search with a preset."""
+    return SEARCH if preset_name == "default" else f"{SEARCH}-{preset_name}"
+
+
+def preset_of(method: str) -> str | None:
+    """The preset that a method's name asks for, known or not; None where it is no search."""
+    search, _, name = method.partition("-")
+    return (name or "default") if search == SEARCH else None
+
+
 def preset(name: str) -> dict[str, Any]:
     """The arguments of a preset; an unknown name is refused with the nearest known one."""
     if name not in PRESETS:

@@ -36,7 +36,7 @@ def relaxed(
     """
     routings: dict[str, Routing] = {}
     hooks = {
-        layer.name: ExpertHooks(gates_E=gates_E, route=_route(relaxation, layer, routings))
+        layer.name: ExpertHooks(gates_E=_of_all(layer, gates_E), route=_route(relaxation, layer, routings))
         for layer, gates_E in zip(layers, importance.gates(), strict=True)
     }
     with ExitStack() as contexts:
@@ -54,12 +54,25 @@ def _route(relaxation: Relaxation, layer: MoELayer, routings: dict[str, Routing]
         return None
 
     def everywhere(expert_ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-        num_experts, tokens = layer.num_experts, expert_ids_TK.shape[0]
-        expert_ids_TE = torch.arange(num_experts, device=expert_ids_TK.device).expand(tokens, num_experts)
+        ids_E = _left(layer, expert_ids_TK.device)
+        num_experts, tokens = ids_E.shape[0], expert_ids_TK.shape[0]
+        expert_ids_TE = ids_E.expand(tokens, num_experts)
         if relaxation == "literal":
             return expert_ids_TE, torch.full(
                 (tokens, num_experts), 1 / num_experts, dtype=torch.float32, device=weights_TK.device
             )
-        return expert_ids_TE, routings[layer.name].logits_TE.float().softmax(-1)
+        return expert_ids_TE, routings[layer.name].logits_TE.float().softmax(-1).index_select(1, ids_E)
 
     return everywhere
+
+
+def _left(layer: MoELayer, device: torch.device) -> Tensor:
+    """The experts that are not masked out."""
+    return torch.arange(layer.num_experts, device=device) if layer.kept is None else torch.tensor(layer.kept).to(device)
+
+
+def _of_all(layer: MoELayer, gates_E: Tensor) -> Tensor:
+    """Gates by the id of the expert, where the others are masked out; none of these is ever chosen."""
+    if layer.kept is None:
+        return gates_E
+    return gates_E.new_ones(layer.num_experts).index_copy(0, _left(layer, gates_E.device), gates_E)

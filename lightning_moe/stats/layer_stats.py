@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 from lightning_moe.moe.layers import LayerShape
@@ -62,6 +64,17 @@ class LayerStats:
     """Cosine between the flattened weights of two experts."""
     stable_rank_E: Tensor
     """``sum sigma^2 / sigma_max^2``, mean over the expert's matrices."""
+
+    def only(self, experts: Sequence[int]) -> LayerStats:
+        """The statistics of these experts, as if the others, which no token was sent to, did not exist."""
+        ids = torch.tensor(experts)
+        cut = {}
+        for name in TENSORS:
+            value = getattr(self, name)
+            for dimension, what in enumerate(name.rpartition("_")[2] if name != "tokens" else ""):
+                value = value.index_select(dimension, ids) if what == "E" else value
+            cut[name] = value
+        return replace(self, shape=replace(self.shape, num_experts=len(experts)), **cut)
 
 
 TENSORS = tuple(field.name for field in fields(LayerStats) if field.type == "Tensor")

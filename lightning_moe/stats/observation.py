@@ -85,7 +85,10 @@ class Observation:
             stats._computed = None  # or torchmetrics would answer from its cache
 
     def compute(self, stable_ranks: bool = True) -> list[LayerStats]:
-        """All layers' statistics, on the CPU; every rank must call it. ``stable_ranks``: see ``weight_stats``."""
+        """All layers' statistics, on the CPU; every rank must call it. ``stable_ranks``: see ``weight_stats``.
+
+        Of experts that are masked out there are none.
+        """
         result = []
         for layer, stats in zip(self.layers, self.stats, strict=True):
             sums: dict[str, Tensor] = {
@@ -93,5 +96,6 @@ class Observation:
                 name: value.reshape(getattr(stats, name).shape).cpu()
                 for name, value in stats.compute().items()
             }
-            result.append(LayerStats(layer.shape, **sums, **weight_stats(layer, stable_ranks)))
+            whole = LayerStats(layer.shape, **sums, **weight_stats(layer, stable_ranks))
+            result.append(whole if layer.kept is None else whole.only(layer.kept))
         return result

@@ -81,14 +81,19 @@ class RouterCounts:
         with record_routing(self.layers, self.add):
             yield
 
+    def mask_of(self, routing: Routing) -> Tensor | None:
+        """The mask of the tokens of a routing decision; None where nothing is padded, or the mask is of others."""
+        mask_T = self._mask_T
+        return mask_T if mask_T is not None and mask_T.shape[0] == routing.expert_ids_TK.shape[0] else None
+
     def add(self, layer: MoELayer, routing: Routing) -> None:
         """Count one routing decision."""
         if self.paused:
             return
-        ids_TK = routing.expert_ids_TK
+        ids_TK, mask_T = routing.expert_ids_TK, self.mask_of(routing)
         ones_TK = torch.ones_like(ids_TK, dtype=torch.float64)
-        if self._mask_T is not None and self._mask_T.shape[0] == ids_TK.shape[0]:
-            ones_TK *= self._mask_T.to(ones_TK)[:, None]
+        if mask_T is not None:
+            ones_TK *= mask_T.to(ones_TK)[:, None]
         count_E = self.counts.get(layer.name)
         if count_E is None or count_E.shape[0] != layer.num_experts:
             count_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=ids_TK.device)
@@ -98,11 +103,12 @@ class RouterCounts:
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
         """The counts of all layers in the order of depth, summed over ranks by ``reduce``; counting starts anew.
 
-        Every rank must call it; a layer that saw nothing counts zeros.
+        Every rank must call it; a layer that saw nothing counts zeros. Experts that are masked out are left out.
         """
         taken = {}
         for layer in self.layers:
             zeros_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=layer.router_weight.device)
-            taken[layer.name] = reduce(self.counts.get(layer.name, zeros_E)).tolist()
+            count_E = reduce(self.counts.get(layer.name, zeros_E)).tolist()
+            taken[layer.name] = count_E if layer.kept is None else [count_E[i] for i in layer.kept]
         self.counts = {}
         return taken

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import MoELayer
+from lightning_moe.moe.ranks import num_ranks, rank, sum_over_ranks
 
 LANCZOS_STEPS = 64
 """Steps of Golub-Kahan bidiagonalisation; enough for the largest singular value to about 1e-6."""
 
 
 def weight_stats(layer: MoELayer, stable_ranks: bool = True) -> dict[str, Tensor]:
-    """The weight figures of ``LayerStats``, one expert in float32 at a time. Raises on non-finite weights.
+    """The weight figures of ``LayerStats``, one expert in float32 at a time; every rank must call it.
+
+    Raises on non-finite weights.
 
     Without ``stable_ranks``, by far the dearest of them, these are NaN.
     """
@@ -32,7 +35,7 @@ def weight_stats(layer: MoELayer, stable_ranks: bool = True) -> dict[str, Tensor
                 f"{layer.name}: the weights of experts {broken} are not finite; the checkpoint is damaged."
             )
         dot_EE += (flat @ flat.T).double().cpu()
-        for expert in range(num_experts) if stable_ranks else ():
+        for expert in range(rank(), num_experts, num_ranks()) if stable_ranks else ():  # ranks share the work
             matrix = stack_EOI[expert].detach().float()
             rank_E[expert] += stable_rank(matrix) / len(matrices)
     norm_E = dot_EE.diagonal().sqrt()
@@ -40,7 +43,7 @@ def weight_stats(layer: MoELayer, stable_ranks: bool = True) -> dict[str, Tensor
         "router_norm_E": layer.router_weight.detach().double().norm(dim=1).cpu(),
         "weight_norm_E": norm_E,
         "weight_cosine_EE": dot_EE / (norm_E[:, None] * norm_E).clamp(min=torch.finfo(torch.float64).tiny),
-        "stable_rank_E": rank_E,
+        "stable_rank_E": sum_over_ranks(rank_E.to(layer.router_weight.device)).cpu(),
     }
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,9 @@ from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.cli import rounds
 from lightning_moe.modules.causal_lm import MoECausalLM
 from tests.helpers.checkpoint import Commands, damaged_copy, edited_copy, read
+from tests.helpers.processes import train_py, wait_for
 
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
-ROOT = Path(__file__).parents[2]
 SEQ_LEN = 16
 
 
@@ -94,18 +91,8 @@ def test_sigterm_leaves_by_its_own_code_and_goes_on(
 ) -> None:
     """A scheduler must not take a stopped run for a finished one."""
     args = prune_args(checkpoint, text, "--rounds", 2, "--finetune_tokens", 4096, "--out", tmp_path / "run")
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=own | {"OMP_NUM_THREADS": "1"},
-    )
-    end = time.monotonic() + 120
-    while not any((tmp_path / "run").rglob("round-01/part.json")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
+    process = train_py(*args)
+    wait_for(lambda: any((tmp_path / "run").rglob("round-01/part.json")), process)
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

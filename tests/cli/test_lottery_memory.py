@@ -72,7 +72,7 @@ def test_nothing_of_a_fit_outlives_it(
 ) -> None:
     """Neither its optimisers nor experts of an earlier size: what is measured or saved next finds the room."""
     made, seen = Made(monkeypatch), list[tuple[int, set[int]]]()
-    for moment, function in (("measure", rounds.measure), ("save_model", rounds.save_model)):
+    for moment, function in (("measure", rounds.measure), ("export_model", rounds.export_model)):
 
         def watched(*args: Any, stock: Any = function, **kwargs: Any) -> Any:
             seen.append(made.alive(next(one for one in args if isinstance(one, torch.nn.Module))))
@@ -99,7 +99,7 @@ class Loaded(list["weakref.ref[Any]"]):
     """Every network that is loaded; never one while another is there."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (causal_lm, rounds):
+        for module in (causal_lm,):
 
             def watched(*args: Any, stock: Any = module.load_model, **kwargs: Any) -> Any:
                 assert _count(self) == 0, "an earlier network is still held"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +24,10 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.modules.router_distillation import RouterDistillation
 from lightning_moe.search.presets import PRESETS
 from tests.helpers.checkpoint import Commands, contents, edited_copy, read, write_text
+from tests.helpers.processes import train_py
 
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 SEQ_LEN = 16
-ROOT = Path(__file__).parents[2]
 SHORT = 220
 """Characters of the short text."""
 
@@ -190,11 +187,11 @@ KD_STEP = "lightning_moe.modules.router_distillation:RouterDistillation.training
 ANSWER = "lightning_moe.cli.teacher:AnswerPass.predict_step"
 SEARCH = "lightning_moe.search.diep:DiEPSearch.training_step"
 SURGERY = "lightning_moe.cli.rounds:keep_experts"
-SAVE = "lightning_moe.cli.rounds:save_model"
+SAVE = "lightning_moe.cli.rounds:export_model"
 WRITE_MODEL = "lightning_moe.moe.checkpoints:write_model"
 PART = "lightning_moe.cli.rounds:write_json"
 RECORDS = "lightning_moe.cli.rounds:write_records"
-EXPORT = "lightning_moe.cli.lottery:save_model"
+EXPORT = "lightning_moe.cli.lottery:export_model"
 CUT = "lightning_moe.cli.lottery:compact_checkpoint"
 OWN_RECORDS = "lightning_moe.cli.lottery:write_records"
 PLAN = "lightning_moe.pruning.plan:PruningPlan.save"
@@ -429,18 +426,6 @@ def test_gradient_checkpointing_is_on_again(
 
 
 # ------------------------------------------------------------------------------------------------- processes
-
-
-def train_py(*args: object) -> subprocess.Popen[str]:
-    """The program in a process of its own."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=own | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-    )
 
 
 def kill_when(found: Callable[[], bool], wait: float, *args: object) -> bool:

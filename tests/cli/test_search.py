@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,12 +24,12 @@ from lightning_moe.pruning.scores import ExpertScores
 from lightning_moe.search.diep import DiEPSearch
 from lightning_moe.search.presets import PRESETS
 from tests.helpers.checkpoint import Commands, contents, read, save_checkpoint
+from tests.helpers.processes import train_py, wait_for
 
 LAYERS = [f"model.layers.{index}.mlp" for index in range(2)]
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 UPDATES = 7
 RESULTS = ("scores.json", "plan.json", "importance.json", "figures/importance.csv")
-ROOT = Path(__file__).parents[2]
 
 
 def on(checkpoint: Path, text: Path) -> list[object]:
@@ -440,27 +436,6 @@ def test_another_request_does_not_go_on_from_this_one(
     killed(run, 3, [*args, "--lr", 0.5])
     assert "Going on" not in run.ok(*args).out
     assert results(tmp_path) == results(searched)
-
-
-def train_py(*args: object, **kwargs: Any) -> subprocess.Popen[str]:
-    """The program in a process of its own."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=own | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-        **kwargs,
-    )
-
-
-def wait_for(found: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not found():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

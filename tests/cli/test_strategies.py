@@ -82,7 +82,7 @@ class Strategies:
         self._count(patch, "measured", (compare, "measure"), (rounds, "measure"))
         self._count(patch, "tuned", (rounds, "tune"))
         self._count(patch, "observed", (compare, "observe"), (rounds, "observe_into"))
-        self._count(patch, "loaded", (causal_lm, "load_model"), (rounds, "load_model"))
+        self._count(patch, "loaded", (causal_lm, "load_model"))
         step = MoECausalLM.training_step
 
         def counting_step(module: MoECausalLM, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

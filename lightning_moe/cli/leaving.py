@@ -1,0 +1,54 @@
+"""Leaving: the last line of a command that failed, said once, whatever the number of its processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from typing import NoReturn
+
+from lightning.fabric.utilities import rank_zero_only
+
+GO_ON = "The same command goes on from the last finished step."
+
+PATIENCE = 5.0
+"""Seconds that other ranks leave rank 0 to say what is wrong; whoever launched them ends them meanwhile."""
+
+LOST = re.compile(
+    r"connection (closed|reset|refused|was)|broken pipe|socket|timed? ?out|remote process|ncclremote|nccl error|gloo",
+    re.IGNORECASE,
+)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What torch.distributed says of another process that does not answer, in a sentence; None of other errors."""
+    if not _several():
+        return None
+    sentences = re.split(r"(?<=\w)\. |\n", re.sub(r"^\[\S+\] ", "", str(error)))
+    return next((sentence for sentence in sentences if LOST.search(sentence)), None)
+
+
+def leave(message: str, alike: bool = True) -> NoReturn:
+    """Say what is wrong and end with exit code 2; where all ranks fail ``alike``, rank 0 speaks for them."""
+    rank = getattr(rank_zero_only, "rank", 0)
+    if rank:
+        parent = os.getppid()
+        time.sleep(PATIENCE)
+        if alike and os.getppid() != parent:  # rank 0, which started this one, has said it and is gone
+            os._exit(2)
+        message = f"rank {rank}: {message}"
+    print(f"lightning-moe: {message}", file=sys.stderr, flush=True)
+    if _several():
+        os._exit(2)  # an ordinary end would wait for processes that are gone
+    sys.exit(2)
+
+
+def _several() -> bool:
+    import torch
+
+    return bool(
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )

@@ -1,0 +1,221 @@
+"""moe_fsdp: FSDP2 that knows experts, as a strategy of Lightning's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from lightning_moe.errors import InputError, first_line
+from lightning_moe.moe.checkpoints import model_id
+from lightning_moe.moe.experts import IMPLEMENTATION
+from lightning_moe.moe.layers import holds_hugging_face_model, hugging_face_model
+from lightning_moe.moe.quantisation import Quantisation, check_quantisation, quantise_experts
+from lightning_moe.moe.ranks import average_over_ranks, check_same, on_all_ranks
+from lightning_moe.moe.sharded_loading import load_sharded
+from lightning_moe.moe.sharding import Sharding
+from lightning_moe.moe.split_tensors import is_sharded, is_split, local
+
+PRECISIONS: Mapping[str, torch.dtype | None] = {
+    "32-true": None,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": None,
+}
+"""Precisions it works in, and what decoder layers are gathered in where that is not the type of their weights."""
+
+
+class MoEFSDPStrategy(ModelParallelStrategy):
+    """Split the Hugging Face MoE inside a LightningModule over all ranks, by FSDP2; ``moe_fsdp`` to the Trainer.
+
+    What is split and how, ``Sharding`` says. ``MoECausalLM`` loads its part of a checkpoint straight into the split
+    model; that of another module, made in its ``configure_model``, is split where it lies. Parameters that are not
+    split, of whoever (routers, importance logits), stay identical on all ranks: their gradients are averaged after
+    each backward pass. The module may be fitted by hand or by Lightning, with any number of optimisers.
+
+    Args:
+        replicas: Copies of the model, each split over its share of the ranks (HSDP); one per node spares the network
+            between them.
+        activation_checkpointing: Compute each decoder layer's activations anew in the backward pass.
+        cpu_offload: Keep weights, gradients and the optimiser's state in the CPU's memory.
+        quantize: Hold the experts of a frozen model in 4 bits (nf4) or 8 (int8); for ``score`` and ``search``.
+        save_distributed_checkpoint: Each rank writes its part of a checkpoint, a folder; otherwise rank 0 gathers it
+            as a whole into one file.
+        process_group_backend: Of torch.distributed; default nccl for GPUs, gloo for CPUs.
+        timeout: After which a rank that waits for another gives up.
+    """
+
+    def __init__(
+        self,
+        replicas: int = 1,
+        activation_checkpointing: bool = False,
+        cpu_offload: bool = False,
+        quantize: Quantisation | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+        if replicas < 1:
+            raise InputError(f"moe_fsdp: replicas {replicas}: at least 1.")
+        check_quantisation(quantize)
+        self.replicas, self.activation_checkpointing, self.cpu_offload = replicas, activation_checkpointing, cpu_offload
+        self.quantize = quantize
+        self._sharding: Sharding | None = None
+
+    @property
+    def sharding(self) -> Sharding:
+        """How models are split; there once the ranks know each other."""
+        assert self._sharding is not None, "setup_environment has not run"
+        return self._sharding
+
+    def begin(self, module: LightningModule) -> None:
+        """Start all ranks and let them know each other, before a loop of the Trainer does."""
+        launcher = self.launcher
+        if launcher is not None:
+            launcher.launch(lambda: None)
+        self.connect(module)
+        self.setup_environment()
+
+    @override
+    def setup_environment(self) -> None:
+        world = self.num_nodes * self.num_processes
+        if world % self.replicas:
+            raise InputError(f"moe_fsdp: {world} ranks are not divisible into {self.replicas} replicas.")
+        precision = str(self.precision_plugin.precision)
+        if precision not in PRECISIONS:
+            raise InputError(f"--trainer.precision {precision}: moe_fsdp works in {', '.join(PRECISIONS)}.")
+        self._data_parallel_size = world
+        super().setup_environment()
+        if self._sharding is None:
+            shape = (world,) if self.replicas == 1 else (self.replicas, world // self.replicas)
+            mesh = init_device_mesh(self.root_device.type, shape)
+            self._sharding = Sharding(mesh, PRECISIONS[precision], self.cpu_offload)
+
+    def load_split(self, path: str, dtype: str = "auto") -> PreTrainedModel:
+        """Load a checkpoint, each rank its part; every rank must call it. Raises ``InputError``."""
+        check_same(f"--model.path {path}", on_all_ranks(lambda: model_id(path)))
+        kind = self.quantize
+        prepare = None if kind is None else lambda layer: quantise_experts(layer, kind)
+        network = on_all_ranks(lambda: load_sharded(path, self.sharding, dtype, prepare))
+        if kind is not None:
+            network.set_experts_implementation(IMPLEMENTATION)  # the only one that unpacks
+        return network
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if holds_hugging_face_model(module):
+            self._prepare(hugging_face_model(module, "moe_fsdp"))
+        for loop in (
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+            trainer.fit_loop.epoch_loop.val_loop,
+        ):
+            loop.inference_mode = False  # weights gathered in it could not be gathered for training again
+        super().setup(trainer)
+
+    def _prepare(self, network: PreTrainedModel) -> None:
+        if not is_sharded(network):
+            self.sharding.shard(network)
+        if self.activation_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @override
+    def model_to_device(self) -> None:
+        """Move what is not split; what is lies where ``Sharding`` put it."""
+        assert isinstance(self.model, nn.Module)
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if not is_split(parameter):
+                    parameter.data = parameter.data.to(self.root_device)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = buffer.to(self.root_device)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if len({is_split(parameter) for parameter in group["params"]}) > 1:
+                    group["foreach"] = group["fused"] = False  # which take one kind of tensor at a time
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_grad_by_norm
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip by the norm over all ranks; torch's own takes no mixture of split and whole gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        split, plain = (
+            sum(
+                (local(p.grad).float().square().sum() for p in parameters if is_split(p) == kind),
+                start=torch.zeros((), device=self.root_device),
+            )
+            for kind in (True, False)
+        )
+        torch.distributed.all_reduce(split, group=self.sharding.mesh.get_group(self.sharding.mesh.ndim - 1))
+        factor = (clip_val / ((split + plain).sqrt() + 1e-6)).clamp(max=1.0)
+        for parameter in parameters:
+            local(parameter.grad).mul_(factor)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average the gradients of what is not split: of sums over batches too, for averaging again changes nothing."""
+        assert isinstance(self.model, nn.Module)
+        average_over_ranks(p.grad for p in self.model.parameters() if p.grad is not None and not is_split(p))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            self._check_shapes(path)
+        try:
+            return super().load_checkpoint(path, weights_only)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"{path}: this checkpoint cannot be loaded: {first_line(error)}") from error
+
+    def _check_shapes(self, path: Path) -> None:
+        """Refuse the checkpoint of a model with other experts: torch would say so on some of the ranks only."""
+        try:
+            stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        except Exception as error:  # a pickle that is cut off fails in many ways
+            raise InputError(f"{path}: no whole checkpoint ({first_line(error)}); was its saving killed?") from error
+        assert isinstance(self.model, nn.Module)
+        for name, tensor in self.model.state_dict().items():
+            found = getattr(stored.get(f"state_dict.{name}"), "size", None)
+            if found is not None and tuple(found) != tuple(tensor.shape):
+                raise InputError(
+                    f"{path}: a checkpoint of another plan: {name} has shape {tuple(found)} there and "
+                    f"{tuple(tensor.shape)} here; go on with the model that it was made of."
+                )
+
+
+def check_strategy(strategy: Strategy | str | None) -> None:
+    """Raise ``InputError`` for a strategy, or the name of one, that would not do what it seems to."""
+    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
+        raise InputError(
+            "--trainer.strategy fsdp: FSDP1 allows no manual optimisation, which the search needs, and no plain "
+            "routers beside split experts; give moe_fsdp, which is FSDP2."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, MoEFSDPStrategy):
+        raise InputError(
+            f"--trainer.strategy {type(strategy).__name__}: it leaves splitting to the module, and every rank would "
+            "hold the whole model; give moe_fsdp."
+        )
+
+
+StrategyRegistry.register("moe_fsdp", MoEFSDPStrategy, description="FSDP2 that knows experts.")
