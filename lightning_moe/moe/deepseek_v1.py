@@ -71,7 +71,7 @@ def convert_deepseek_v1(source: Path, target: Path, *, max_shard_bytes: int = 4_
         stored.pop("lm_head.weight", None)
     expected, added = _shapes(config)
     _check_tensors(stored, expected, source)
-    converted_config = _converted_config(config, dtype := stored["model.embed_tokens.weight"].dtype, source)
+    converted_config = converted_config(config, dtype := stored["model.embed_tokens.weight"].dtype, source)
     tensors = {name.replace(".shared_experts.", ".shared_expert."): stored.pop(name) for name in list(stored)}
     tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in added.items()}
 
@@ -105,7 +105,7 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
             raise InputError(f"{source}: {key} is {value!r}, and a positive integer is needed")
 
 
-def _converted_config(config: dict[str, Any], dtype: torch.dtype, source: Path) -> Qwen2MoeConfig:
+def converted_config(config: dict[str, Any], dtype: torch.dtype, source: Path) -> Qwen2MoeConfig:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default", **scaling}
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
