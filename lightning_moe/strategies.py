@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -24,7 +23,7 @@ from lightning_moe.moe.layers import holds_hugging_face_model, hugging_face_mode
 from lightning_moe.moe.quantisation import Quantisation, check_quantisation, quantise_experts
 from lightning_moe.moe.ranks import average_over_ranks, check_same, on_all_ranks
 from lightning_moe.moe.sharded_loading import load_sharded
-from lightning_moe.moe.sharding import Sharding
+from lightning_moe.moe.sharding import Sharding, make_mesh
 from lightning_moe.moe.split_tensors import is_sharded, is_split, local
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {
@@ -98,8 +97,7 @@ class MoEFSDPStrategy(ModelParallelStrategy):
         self._data_parallel_size = world
         super().setup_environment()
         if self._sharding is None:
-            shape = (world,) if self.replicas == 1 else (self.replicas, world // self.replicas)
-            mesh = init_device_mesh(self.root_device.type, shape)
+            mesh = make_mesh(self.root_device.type, world, self.replicas)
             self._sharding = Sharding(mesh, PRECISIONS[precision], self.cpu_offload)
 
     def load_split(self, path: str, dtype: str = "auto") -> PreTrainedModel:

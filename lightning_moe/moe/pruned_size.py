@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,13 +30,14 @@ def pruned_size(path: str, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
         return {"parameters": parameters, "bytes": parameters * itemsize}
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
     cuts = find_cuts(files, by_index)
-    total = 0
+    total = 0.0
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 part = tensors.get_slice(name)
                 shape = list(part.get_shape())
-                size = (part[:0] if shape else tensors.get_tensor(name)).element_size()
+                bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, I64; of BOOL 8
+                size = (int(bits[0]) if bits else 8) / 8
                 cut, expert = cut_of(name, cuts), EXPERT.search(name)
                 if cut is not None:
                     if expert is not None:
@@ -43,4 +45,4 @@ def pruned_size(path: str, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
                     elif cut.num_experts in shape:
                         shape[shape.index(cut.num_experts)] = len(cut.keep)
                 total += torch.Size(shape).numel() * size
-    return {"parameters": parameters, "bytes": total}
+    return {"parameters": parameters, "bytes": round(total)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register
 from torch.distributed.tensor import Shard
@@ -68,7 +68,8 @@ class Sharding:
         plain |= {parameter for parameter in own if parameter.dim() < 2}
         for parameter in plain:
             parameter.data = parameter.data.to(self.mesh.device_type)
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        pinned = self.mesh.device_type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
         fully_shard(
             module,
             mesh=self.mesh,
@@ -83,6 +84,13 @@ class Sharding:
         """Along the first dimension that divides evenly, for FSDP2 splits no other dimension unevenly."""
         even = (place for place, size in enumerate(parameter.shape) if size % self.ranks == 0)
         return Shard(next(even, 0))
+
+
+def make_mesh(device_type: str, ranks: int, replicas: int = 1) -> DeviceMesh:
+    """The mesh of ``Sharding`` over all ranks, of which each replica has the next ``ranks / replicas``."""
+    if replicas == 1:
+        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("ranks",))
+    return init_device_mesh(device_type, (replicas, ranks // replicas), mesh_dim_names=("replicas", "ranks"))
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
