@@ -23,7 +23,7 @@ from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
 from lightning_moe.callbacks.scaled_rates import scale_rates
 from lightning_moe.criteria import Direction
 from lightning_moe.errors import InputError
-from lightning_moe.moe.layers import LayerShape, find_moe_layers, hugging_face_model
+from lightning_moe.moe.layers import LayerShape, find_moe_layers, hugging_face_model, parameters_left
 from lightning_moe.moe.ranks import rank
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose
@@ -245,7 +245,7 @@ class ExpertPruning(Callback):
                 round=turn,
                 ratio=self.schedule.ratios[turn - 1],
                 method=self.method,
-                parameters=model.num_parameters(),
+                parameters=parameters_left(model),
                 made_by=plan.made_by | {"step": trainer.global_step},
             )
         )

@@ -150,6 +150,17 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
+def parameters_left(model: PreTrainedModel) -> int:
+    """Parameters of the model without those of experts that are masked out."""
+    gone = 0
+    for layer in find_moe_layers(model):
+        if layer.kept is not None:
+            masked = layer.num_experts - len(layer.kept)
+            stacks = [tensor for *_, tensor, _ in per_expert_tensors(layer.parts) if isinstance(tensor, nn.Parameter)]
+            gone += sum(tensor.numel() for tensor in stacks) // layer.num_experts * masked
+    return int(model.num_parameters()) - gone
+
+
 def _checked(block: Block) -> MoELayer:
     if not hasattr(block.experts, "is_transposed"):  # set by transformers' decorator for experts functions
         raise InputError(

@@ -43,7 +43,8 @@ def score_in_memory(
     """Score the experts of ``model``; it is left as it was, in the mode it was in.
 
     ``batches`` hold ``input_ids`` and, where something is padded, ``attention_mask``; every rank is given the same and
-    computes its share of them. A criterion reads them once; a search again and again until its updates are made.
+    computes its share of them. A criterion reads them once; a search again and again until its updates are made, each
+    with a batch of every rank.
     """
     name = preset_of(method)
     if name is not None:

@@ -193,15 +193,6 @@ def test_impossible_schedules_are_said_before_training(tmp_path: Path, bad: dict
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Foreign(small_model())
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(InputError, match=r"2 processes.*prune --rounds") as said:
-        fit(module, tmp_path, ExpertPruning(calibration()))
-    assert module.losses == [] and "\n" not in str(said.value)
-    assert not module._load_state_dict_pre_hooks
-
-
 @pytest.mark.parametrize("model", ["dense", "none"])
 def test_a_model_without_experts_is_refused(tmp_path: Path, model: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM

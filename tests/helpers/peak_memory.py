@@ -1,8 +1,9 @@
 """A program of its own: run commands one after another and print the peak of anonymous memory of each, as JSON.
 
-``python peak_memory.py JOBS_FILE OUT_FOLDER``: JOBS_FILE holds ``{"name": [argument, ...]}``. Every rank writes
-``OUT_FOLDER/rank-R.json``. Anonymous memory is what a process made: files that are mapped, as checkpoints are, are not
-in it, unlike in ``ru_maxrss``.
+``python peak_memory.py JOBS_FILE OUT_FOLDER``: JOBS_FILE holds pairs ``{"name": [warm-up arguments, arguments]}``. What
+programs bring along (imports, figures, process groups) is there after the warm-up, from which on a job's memory counts.
+Every rank writes ``OUT_FOLDER/rank-R.json``. Anonymous memory is what a process made: files that are mapped, as
+checkpoints are, are not in it, unlike in ``ru_maxrss``.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def main() -> None:
     from lightning_moe.cli.main import main as command
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.ones(256, 256).requires_grad_().matmul(torch.ones(256, 256)).sum().backward()
     peak = Peak()
     peak.start()
     peaks, seconds = {}, {}
-    for name, args in json.loads(jobs_file.read_text()).items():
+    for name, (warm_up, args) in json.loads(jobs_file.read_text()).items():
+        command(warm_up)
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before, start = anonymous_bytes(), time.perf_counter()

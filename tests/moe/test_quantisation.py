@@ -1,0 +1,114 @@
+"""Experts in 4 or 8 bits: they compute what their unpacked weights would, and take the memory of packed ones."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lightning_moe.errors import InputError
+from lightning_moe.moe.experts import IMPLEMENTATION, ExpertHooks, expert_hooks
+from lightning_moe.moe.layers import UNPACK, find_moe_layers
+from lightning_moe.moe.non_uniform import stacked_parameters
+from lightning_moe.moe.quantisation import Quantisation, quantise_experts
+from lightning_moe.moe.sharded_loading import load_sharded
+from lightning_moe.moe.sharding import Sharding
+from tests.helpers.families import tiny_batch, tiny_model
+from tests.helpers.sharded import on_ranks, written
+
+SIZES = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64}
+BITS: dict[Quantisation, int] = {"nf4": 4, "int8": 8}
+
+
+def packed(family: str, kind: Quantisation) -> PreTrainedModel:
+    model = tiny_model(family, **SIZES)
+    for layer in find_moe_layers(model):
+        quantise_experts(layer, kind)
+    model.set_experts_implementation(IMPLEMENTATION)
+    return model
+
+
+def unpacked(family: str, kind: Quantisation) -> PreTrainedModel:
+    """The same model with the rounded weights in the place of the packed ones."""
+    model, source = tiny_model(family, **SIZES), packed(family, kind)
+    for layer, other in zip(find_moe_layers(model), find_moe_layers(source), strict=True):
+        for name, unpack in vars(other.experts)[UNPACK].items():
+            getattr(layer.experts, name).data.copy_(unpack())
+    model.set_experts_implementation(IMPLEMENTATION)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_computes_with_its_own_weights(family: str, kind: Quantisation) -> None:
+    one, other, stock = packed(family, kind), unpacked(family, kind), tiny_model(family, **SIZES)
+    ids = tiny_batch()
+    gates = [torch.ones(8, requires_grad=True) for _ in range(2)]
+    logits = []
+    for model, gates_E in zip((one, other), gates, strict=True):
+        layers = find_moe_layers(model)
+        with expert_hooks(model, layers, {layer.name: ExpertHooks(gates_E=gates_E) for layer in layers}):
+            logits.append(model(input_ids=ids).logits)
+            logits[-1].square().mean().backward()
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(gates[0].grad, gates[1].grad)
+    difference = (logits[0] - stock(input_ids=ids).logits).norm() / logits[0].norm()
+    assert 0 < float(difference.detach()) < (0.5 if kind == "nf4" else 0.15)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_takes_the_memory_of_packed_weights(kind: Quantisation) -> None:
+    stock, model = tiny_model("mixtral", **SIZES), packed("mixtral", kind)
+    for layer, before in zip(find_moe_layers(model), find_moe_layers(stock), strict=True):
+        assert layer.shape == before.shape
+        for name, stack in stacked_parameters(layer.experts).items():
+            assert stack.nbytes * 8 == getattr(before.experts, name).numel() * BITS[kind]
+            assert not stack.requires_grad
+        for matrix, whole in zip(layer.expert_matrices, before.expert_matrices, strict=True):
+            assert matrix.shape == whole.shape
+            assert float((matrix - whole).norm() / whole.norm()) < (0.15 if kind == "nf4" else 0.02)
+
+
+def test_nothing_unpacked_is_kept_for_backward() -> None:
+    """Each stack is unpacked once for the forward and once more for the backward; none is among what is saved."""
+    model = packed("mixtral", "nf4")
+    sizes = {stack[0].numel() * stack.shape[0] for layer in find_moe_layers(tiny_model("mixtral", **SIZES))
+             for stack in stacked_parameters(layer.experts).values()}  # fmt: skip
+    calls = []
+    for layer in find_moe_layers(model):
+        table = vars(layer.experts)[UNPACK]
+        for name, unpack in list(table.items()):
+            table[name] = lambda unpack=unpack: (calls.append(1), unpack())[1]
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        loss = model(input_ids=tiny_batch()).logits.square().mean()
+    assert not sizes & set(saved)
+    forward = len(calls)
+    loss.backward()
+    assert forward == 4 and len(calls) == 8
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    layer = find_moe_layers(tiny_model("mixtral", hidden_size=36, intermediate_size=9))[0]
+    with pytest.raises(InputError, match="no multiple of 64"):
+        quantise_experts(layer, "nf4")
+
+
+def split_as_one(kind: Quantisation, folder: Path, sharding: Sharding) -> None:
+    path = written("mixtral", folder, "packable", **SIZES)
+    split = load_sharded(str(path), sharding, prepare=lambda layer: quantise_experts(layer, kind))
+    split.set_experts_implementation(IMPLEMENTATION)
+    alone = packed("mixtral", kind)
+    ids = tiny_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(split(input_ids=ids).logits, alone(input_ids=ids).logits)
+    for one, other in zip(find_moe_layers(split), find_moe_layers(alone), strict=True):
+        for mine, yours in zip(one.expert_matrices, other.expert_matrices, strict=True):
+            assert torch.equal(mine, yours)
+
+
+def test_split_over_two(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, partial(split_as_one, "nf4"), partial(split_as_one, "int8"))
