@@ -20,6 +20,16 @@ LOST = re.compile(
     re.IGNORECASE,
 )
 
+UNWRITTEN = re.compile(
+    r"no space left[\w ]*|file too large|disk quota exceeded|PytorchStreamWriter failed writing file", re.IGNORECASE
+)
+
+
+def failed_write(error: BaseException) -> str | None:
+    """What torch or safetensors say of a file that they could not write, in a few words; None of other errors."""
+    found = UNWRITTEN.search(str(error))
+    return None if found is None else found[0]
+
 
 def lost_rank(error: BaseException) -> str | None:
     """What torch.distributed says of another process that does not answer, in a sentence; None of other errors."""

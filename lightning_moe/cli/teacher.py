@@ -46,6 +46,10 @@ class AnswerPass(LightningModule):
         self.model, self.cache = model, cache
 
     @override
+    def configure_model(self) -> None:
+        self.model.configure_model()
+
+    @override
     def on_predict_start(self) -> None:
         if self.trainer.is_global_zero:
             shutil.rmtree(self.cache.folder, ignore_errors=True)
