@@ -71,7 +71,7 @@ def convert_deepseek_v1(source: Path, target: Path, *, max_shard_bytes: int = 4_
         stored.pop("lm_head.weight", None)
     expected, added = _shapes(config)
     _check_tensors(stored, expected, source)
-    converted_config = converted_config(config, dtype := stored["model.embed_tokens.weight"].dtype, source)
+    new_config = converted_config(config, dtype := stored["model.embed_tokens.weight"].dtype, source)
     tensors = {name.replace(".shared_experts.", ".shared_expert."): stored.pop(name) for name in list(stored)}
     tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in added.items()}
 
@@ -79,7 +79,7 @@ def convert_deepseek_v1(source: Path, target: Path, *, max_shard_bytes: int = 4_
     try:
         staging.mkdir()
         _write_tensors(tensors, staging, max_shard_bytes)
-        converted_config.to_json_file(staging / "config.json")
+        new_config.to_json_file(staging / "config.json")
         _copy_tokenizer(source, staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.replace(target)
@@ -106,6 +106,9 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
 
 
 def converted_config(config: dict[str, Any], dtype: torch.dtype, source: Path) -> Qwen2MoeConfig:
+    """The config of the ``qwen2_moe`` model that computes what a v1 ``config.json`` describes; ``source`` is named in
+    what it refuses (``InputError``).
+    """
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default", **scaling}
     rope["rope_type"] = rope.pop("type", rope["rope_type"])

@@ -48,6 +48,14 @@ def jobs(checkpoint: Path, text: Path) -> dict[str, list[object]]:
     }
 
 
+def fit_into(folder: Path, checkpoint: Path, text: Path) -> list[object]:
+    fit: list[object] = ["fit", "--model.path", checkpoint, "--data.path", text, "--data.seq_len", 16]
+    fit += ["--data.samples", 12, "--trainer.max_steps", 3, "--model.lr", 0.01, "--trainer.gradient_clip_val", 1.0]
+    fit += ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false"]
+    fit += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    return [*fit, "--trainer.callbacks+=lightning_moe.callbacks.HFCheckpoint", "--trainer.callbacks.folder", folder]
+
+
 SIZES = {"one": 4, "two": 2}
 """Windows of a batch on each rank: the same number over all ranks."""
 
@@ -67,7 +75,11 @@ def folder(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     two = [
         [*command, "--data.batch_size", SIZES["two"], "--out", folder / "two" / name] for name, command in asked.items()
     ]
-    commands_on_ranks(2, folder, two)
+    fits = [[*fit_into(folder / ranks / "fit", checkpoint, text), "--data.batch_size", SIZES[ranks]] for ranks in SIZES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PL_GLOBAL_SEED", raising=False)
+        main([*map(str, fits[0]), "--trainer.accelerator", "cpu"])
+    commands_on_ranks(2, folder, [*two, fits[1]])
     return folder
 
 
@@ -85,6 +97,17 @@ def test_score(folder: Path) -> None:
     one, two = both(folder, "score", "score.json")
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["request"] == two["request"]
+
+
+def test_fit(folder: Path, checkpoint: Path) -> None:
+    """The tuned models differ from the one they come from, and hardly from one another."""
+    before = load_file(checkpoint / "model.safetensors")
+    one, two = (load_file(folder / ranks / "fit" / "model.safetensors") for ranks in SIZES)
+    assert one.keys() == two.keys() == before.keys()
+    for name, tensor in one.items():
+        moved = float((tensor - before[name]).norm())
+        assert float((tensor - two[name]).norm()) <= 0.05 * moved + 1e-6, name
+        assert moved > 0, name
 
 
 def test_evaluate(folder: Path) -> None:
@@ -158,7 +181,7 @@ def test_compare(folder: Path) -> None:
     for key, one in cells[0].items():
         two = cells[1][key]
         assert two["status"] == one["status"] == "done", two
-        tuned = key[1] == "lottery"
+        tuned = key[1] in ("lottery", "tuned")
         assert two["perplexity"] == pytest.approx(one["perplexity"], rel=0.02 if tuned else 1e-5), key
         assert two["load_cv"] == pytest.approx(one["load_cv"], abs=0.03 if tuned else 1e-6)
         for name in ("plan", "kept_experts", "parameters", "bytes"):
