@@ -5,7 +5,7 @@ READY := .venv/ready
 # Keeps freed memory in the process instead of giving it back page by page: training on CPU is 15% faster.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=500000000
 
-.PHONY: setup demo test check bench corpus reference clean
+.PHONY: setup demo test test-scale check bench corpus reference clean
 
 setup: $(READY)
 
@@ -18,19 +18,23 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(KEEP_MEMORY) $(BIN)/lightning-moe demo --out runs/demo --overwrite true
 
-# All that can be checked: style, types, every test.
+# All that can be checked in twenty minutes: style, types, tests.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not scale"
 
-# The same without the slow tests, for while you work.
+# The rest: processes that die, four of them, models of gigabytes. Ten minutes more.
+test-scale: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale
+
+# Without the slow ones, for while you work.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not scale"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_moe.errors import InputError, first_line
+from lightning_moe.errors import InputError, describe, first_line
 from lightning_moe.moe.checkpoints import model_id
 from lightning_moe.moe.experts import IMPLEMENTATION
 from lightning_moe.moe.layers import holds_hugging_face_model, hugging_face_model
@@ -32,6 +36,9 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {
     "bf16-true": None,
 }
 """Precisions it works in, and what decoder layers are gathered in where that is not the type of their weights."""
+
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError)
+"""What torch and Lightning raise at a checkpoint that is cut off, or of another fit."""
 
 
 class MoEFSDPStrategy(ModelParallelStrategy):
@@ -123,17 +130,29 @@ class MoEFSDPStrategy(ModelParallelStrategy):
             trainer.fit_loop.epoch_loop.val_loop,
         ):
             loop.inference_mode = False  # weights gathered in it could not be gathered for training again
+        self._share(parameter for parameter in module.parameters() if not is_split(parameter))
         super().setup(trainer)
 
     def _prepare(self, network: PreTrainedModel) -> None:
         if not is_sharded(network):
+            self._share((*network.parameters(), *network.buffers()))
             self.sharding.shard(network)
         if self.activation_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def _share(self, tensors: Iterable[Tensor]) -> None:
+        """Put what rank 0 has in place of each tensor: random numbers may have made them differ."""
+        for tensor in tensors:
+            given = tensor.detach().to(self.root_device).contiguous()
+            torch.distributed.broadcast(given, 0)
+            tensor.data.copy_(given)
+
     @override
     def model_to_device(self) -> None:
-        """Move what is not split; what is lies where ``Sharding`` put it."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        # All but what is split, which stays where ``Sharding`` put it.
         assert isinstance(self.model, nn.Module)
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
@@ -141,6 +160,10 @@ class MoEFSDPStrategy(ModelParallelStrategy):
                     parameter.data = parameter.data.to(self.root_device)
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = buffer.to(self.root_device)
+            if isinstance(module, Metric):
+                module.to(self.root_device)
+            if isinstance(module, LightningModule):
+                module._device = self.root_device
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -153,10 +176,11 @@ class MoEFSDPStrategy(ModelParallelStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
-        vars(self.precision_plugin)["clip_grad_by_norm"] = self._clip_grad_by_norm
+        clippers = {"clip_grad_by_norm": self._clip_grad_by_norm, "clip_grad_by_value": self._clip_grad_by_value}
+        vars(self.precision_plugin).update(clippers)  # torch's own take no mixture of split and whole gradients
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        """Clip by the norm over all ranks; torch's own takes no mixture of split and whole gradients."""
+        """Clip by the norm over all ranks."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         split, plain = (
             sum(
@@ -168,7 +192,12 @@ class MoEFSDPStrategy(ModelParallelStrategy):
         torch.distributed.all_reduce(split, group=self.sharding.mesh.get_group(self.sharding.mesh.ndim - 1))
         factor = (clip_val / ((split + plain).sqrt() + 1e-6)).clamp(max=1.0)
         for parameter in parameters:
-            local(parameter.grad).mul_(factor)
+            gradient = local(parameter.grad)
+            gradient.mul_(factor.to(gradient.device))
+
+    def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            local(parameter.grad).clamp_(-clip_val, clip_val)
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -179,27 +208,48 @@ class MoEFSDPStrategy(ModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():
-            self._check_shapes(path)
+        on_all_ranks(lambda: self._check_stored(path, weights_only))
         try:
             return super().load_checkpoint(path, weights_only)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{path}: this checkpoint cannot be loaded: {first_line(error)}") from error
+        except CheckpointException as error:  # of all ranks together, and no Exception
+            reason = describe(next(iter(error.failures.values()))[0])
+            raise InputError(f"{path}: this checkpoint cannot be loaded: {reason}") from error
+        except UNREADABLE as error:
+            raise InputError(f"{path}: this checkpoint cannot be loaded: {describe(error)}") from error
 
-    def _check_shapes(self, path: Path) -> None:
-        """Refuse the checkpoint of a model with other experts: torch would say so on some of the ranks only."""
+    def _check_stored(self, path: Path, weights_only: bool | None) -> None:
+        """Refuse the checkpoint of another model: torch would take a part of it, or say so on some ranks only."""
+        if not path.exists():
+            raise InputError(f"{path}: no such checkpoint.")
         try:
-            stored = FileSystemReader(path).read_metadata().state_dict_metadata
+            stored = _stored_shapes(path, weights_only)
         except Exception as error:  # a pickle that is cut off fails in many ways
             raise InputError(f"{path}: no whole checkpoint ({first_line(error)}); was its saving killed?") from error
-        assert isinstance(self.model, nn.Module)
-        for name, tensor in self.model.state_dict().items():
-            found = getattr(stored.get(f"state_dict.{name}"), "size", None)
-            if found is not None and tuple(found) != tuple(tensor.shape):
+        assert isinstance(self.model, nn.Module) and self.lightning_module is not None
+        here = {name: tuple(getattr(value, "shape", ())) for name, value in get_model_state_dict(self.model).items()}
+        for name, shape in here.items():
+            if stored.get(name, shape) != shape:
                 raise InputError(
-                    f"{path}: a checkpoint of another plan: {name} has shape {tuple(found)} there and "
-                    f"{tuple(tensor.shape)} here; go on with the model that it was made of."
+                    f"{path}: a checkpoint of another plan: {name} has shape {stored[name]} there and {shape} here; "
+                    "go on with the model that it was made of."
                 )
+        other = sorted(here.keys() ^ stored.keys())
+        if other and self.lightning_module.strict_loading:
+            place = "here" if other[0] in here else "there"
+            raise InputError(
+                f"{path}: a checkpoint of another model: {other[0]} is only {place}, of {len(other)} tensors that are "
+                "not in both; go on with the model that it was made of."
+            )
+
+
+def _stored_shapes(path: Path, weights_only: bool | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of the module's tensors in a checkpoint of parts, a folder, or of one file."""
+    if path.is_dir():
+        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        own = {name: entry for name, entry in entries.items() if name.startswith("state_dict.")}
+        return {name.removeprefix("state_dict."): tuple(getattr(entry, "size", ())) for name, entry in own.items()}
+    tensors = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["state_dict"]
+    return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
 
 
 def check_strategy(strategy: Strategy | str | None) -> None:

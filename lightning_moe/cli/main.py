@@ -13,16 +13,19 @@ from typing import Any, NoReturn
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from typing_extensions import override
 
-from lightning_moe.cli.leaving import GO_ON, leave, lost_rank
+from lightning_moe.cli.cluster import Cluster
+from lightning_moe.cli.leaving import GO_ON, failed_write, leave, lost_rank
 from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 
-COMMANDS = ("score", "search", "prune", "evaluate", "compare", "agreement", "demo")
+COMMANDS = ("score", "search", "prune", "evaluate", "compare", "agreement", "plan", "demo")
 """Our commands; each is a method of ``MoETrainer``."""
 
 
@@ -75,7 +78,10 @@ class MoECLI(LightningCLI):
             config["logger"] = config["logger"] or False
             config["enable_checkpointing"] = False
             config["enable_model_summary"] = False
-        return super()._instantiate_trainer(config, callbacks)
+        cluster = Cluster.take(config) if self.subcommand == "plan" else None
+        trainer: Any = super()._instantiate_trainer(config, callbacks)
+        trainer.cluster = cluster
+        return trainer
 
     @override
     def after_instantiate_classes(self) -> None:
@@ -109,8 +115,10 @@ def main(args: ArgsType = None) -> None:
     except (InputError, MisconfigurationException, OSError) as error:
         # An OSError is a full disk, a folder without permission: the message names it.
         leave(" ".join(str(error).split()))
-    except RuntimeError as error:
-        lost = lost_rank(error)
+    except (RuntimeError, SafetensorError, CheckpointException) as error:
+        unwritten, lost = failed_write(error), lost_rank(error)
+        if unwritten is not None:
+            leave(f"a file cannot be written ({unwritten}); make room on the disk. {GO_ON}", alike=False)
         if lost is None:
             raise
         leave(f"another process of this job is gone ({lost}). {GO_ON}", alike=False)

@@ -9,6 +9,7 @@ from lightning_moe.cli.cut import Cut
 from lightning_moe.cli.display import show
 from lightning_moe.cli.lottery import prune_in_rounds
 from lightning_moe.cli.measuring_commands import MeasuringCommands
+from lightning_moe.cli.planning_command import PlanningCommand
 from lightning_moe.cli.prune import prune
 from lightning_moe.cli.recovery import NEXT_TOKEN, Recovery
 from lightning_moe.cli.round_options import RoundOptions
@@ -24,7 +25,7 @@ from lightning_moe.search.relaxation import Relaxation
 from lightning_moe.strategies import check_strategy
 
 
-class MoETrainer(MeasuringCommands):
+class MoETrainer(PlanningCommand, MeasuringCommands):
     """Lightning's Trainer; how and where to run."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_folder
 from lightning_moe.moe.checkpoints import add_modelling_file, load_tokenizer, save_model
-from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.layers import UNPACK, find_moe_layers
 from lightning_moe.moe.non_uniform import per_expert_tensors
 from lightning_moe.moe.ranks import num_ranks, rank
 from lightning_moe.moe.skip_tables import cut_entry, stored_entry
@@ -30,7 +31,10 @@ def export_model(model: PreTrainedModel, target: Path, tokenizer: str | None = N
     A model that is split is gathered one decoder layer at a time, for rank 0 to write. Experts that are masked out
     are left out.
     """
-    if is_sharded(model) or any(layer.kept is not None for layer in find_moe_layers(model)):
+    layers = find_moe_layers(model)
+    if any(UNPACK in vars(layer.experts) for layer in layers):
+        raise InputError("a model with packed experts (moe_fsdp: quantize) cannot be saved; leave quantize out.")
+    if is_sharded(model) or any(layer.kept is not None for layer in layers):
         _export_by_layer(model, target, tokenizer, dtype)
     elif rank() == 0:
         save_model(model, target, tokenizer, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -148,6 +149,11 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     if not layers:
         raise InputError(f"{type(model).__name__}: no MoE layers found; this is not a Mixture-of-Experts model.")
     return layers
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where the model computes: of its routers, which stay there when other weights are kept in the CPU's memory."""
+    return find_moe_layers(model)[0].router_weight.device
 
 
 def parameters_left(model: PreTrainedModel) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -52,6 +53,7 @@ def load_sharded(
         names = _by_layer(stored, layers)
         for index, layer in layers.items():
             _fill(model, layer, {name: stored[name] for name in names.get(index, ())}, loading, path)
+            _check_there([name for name, tensor in _named(model, layer) if tensor.is_meta], path)
             if prepare is not None:
                 for one in moe_layers:
                     if one.parts.index == index:
@@ -63,9 +65,7 @@ def load_sharded(
         info = _fill(model, model, {name: stored[name] for name in names[None]}, loading, path)
     info.missing_keys = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     info = PreTrainedModel._finalize_model_loading(model, loading, info)
-    if info.missing_keys:
-        missing = sorted(info.missing_keys)
-        raise InputError(f"--model.path {path}: {len(missing)} weights are missing, the first is {missing[0]}.")
+    _check_there(info.missing_keys, path)
     sharding.shard_rest(model, routers)
     model.eval()
     return model
@@ -97,21 +97,34 @@ def _fill(model: PreTrainedModel, part: nn.Module, stored: Stored, loading: Load
         info, _ = convert_and_load_state_dict_in_model(model, dict(stored), loading)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(error)}") from error
-    for errors in (info.error_msgs, list(info.conversion_errors.values())):
-        if errors:
-            raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(ValueError(errors[0]))}")
+    if info.error_msgs:
+        raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(ValueError(info.error_msgs[0]))}")
+    for name, trace in info.conversion_errors.items():  # a traceback, what it says, and a line that starts with Error
+        reason = next(line for line in reversed(trace.splitlines()) if line and not line.startswith("Error:"))
+        raise InputError(f"--model.path {path}: it cannot be loaded: {name}: {reason}")
     if info.mismatched_keys:
         name, found, expected = sorted(info.mismatched_keys)[0]
         raise InputError(
             f"--model.path {path}: {name} has shape {tuple(found)}, the config says {tuple(expected)}; the checkpoint "
             "is damaged."
         )
-    for name, parameter in part.named_parameters():
+    for name, parameter in _named(model, part):
         if not parameter.is_meta and not all_finite(parameter):
             raise InputError(
                 f"--model.path {path}: {name} holds values that are not finite; the checkpoint is damaged."
             )
     return info
+
+
+def _named(model: nn.Module, part: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a part of the model, by their names in the whole of it."""
+    own = {id(parameter) for parameter in part.parameters()}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
+
+
+def _check_there(missing: Collection[str], path: str) -> None:
+    if missing:
+        raise InputError(f"--model.path {path}: {len(missing)} weights are missing, the first is {min(missing)}.")
 
 
 def _give_back() -> None:
@@ -133,6 +146,6 @@ def _opened(files: Iterable[Path]) -> Iterator[Stored]:
                     stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
                 else:
                     stored |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except (OSError, RuntimeError, SafetensorError) as error:
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
                 raise InputError(f"{file}: cannot be read as weights ({first_line(error)}).") from error
         yield stored

@@ -15,6 +15,7 @@ from lightning_moe.criteria import Direction, get_criterion
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM, padding_mask
 from lightning_moe.moe.decoding import decode
+from lightning_moe.moe.layers import computing_device
 from lightning_moe.moe.ranks import num_ranks, rank
 from lightning_moe.moe.routing import unwatched
 from lightning_moe.pruning.scores import ExpertScores, score_experts
@@ -51,10 +52,10 @@ def score_in_memory(
         module = _search(model, batches, preset(name), seed)
         shapes = [layer.shape for layer in module.moe_layers]
         return ExpertScores("", "", method, shapes, module.scores(), True, {"seed": seed})
-    observation = Observation(model).to(model.device)
+    observation = Observation(model).to(computing_device(model))
     with evaluating(model), torch.no_grad(), observation.attached(model):
         empty = True
-        for batch in on_device(batches, model.device):
+        for batch in on_device(batches, computing_device(model)):
             empty = False
             observation.next_batch(batch["input_ids"], batch["attention_mask"])
             decode(model, batch["input_ids"], padding_mask(batch))
@@ -69,13 +70,14 @@ def _search(
 ) -> DiEPSearch:
     module = DiEPSearch(MoECausalLM().adopt(model), seed=seed, **arguments)
     module.configure_model()
-    fabric = Fabric(accelerator="cpu" if model.device.type == "cpu" else "auto", devices=1)
+    device = computing_device(model)
+    fabric = Fabric(accelerator="cpu" if device.type == "cpu" else "auto", devices=1)
     with evaluating(model):
         module.on_fit_start()
         try:
-            module.to(model.device)
+            module.importance.to(device)
             step, *_ = fabric.setup(module, *module.configure_optimizers(), move_to_device=False)
-            for number, batch in enumerate(on_device(_again_and_again(batches), model.device)):
+            for number, batch in enumerate(on_device(_again_and_again(batches), device)):
                 if module.done == module.updates:
                     break
                 step.training_step(batch, number)

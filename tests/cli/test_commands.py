@@ -560,7 +560,7 @@ def test_killed_while_writing_the_model(
             (folder / "model.safetensors").write_bytes(b"half")
             raise Killed
 
-        patch.setattr(compaction, "_write_shards", write_half)
+        patch.setattr(compaction, "write_shards", write_half)
         with pytest.raises(Killed):
             run(*args, "--out", tmp_path / "killed")
     assert not (tmp_path / "killed" / "model").exists()
@@ -579,7 +579,7 @@ def test_a_real_kill_leaves_no_half_model(run: Commands, checkpoint: Path, stats
         "def die(tensors, folder, shard_bytes):\n"
         "    (folder / 'model.safetensors').write_bytes(b'half')\n"
         "    os._exit(9)\n"
-        "compaction._write_shards = die\n"
+        "compaction.write_shards = die\n"
         "main(sys.argv[1:])\n"
     )
     args = [str(arg) for arg in ("prune", *model_args(checkpoint), "--stats", stats_file, "--out", tmp_path / "run")]
@@ -607,7 +607,7 @@ def test_a_replaced_model_is_never_half_there(
     def die(*args: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(compaction, "_write_shards", die)
+    monkeypatch.setattr(compaction, "write_shards", die)
     with pytest.raises(Killed):
         run(*args, "--ratio", 0.25, "--overwrite", "true")
     assert torch.equal(logits_of(tmp_path / "model"), before)

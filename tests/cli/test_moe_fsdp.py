@@ -188,7 +188,7 @@ def test_compare(folder: Path) -> None:
             assert two.get(name) == one.get(name), name
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_fewer_experts_than_ranks_and_replicas(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Two experts on four ranks; then four ranks as two replicas."""
     small = save_checkpoint(tmp_path / "small", num_local_experts=2, num_experts_per_tok=1)
@@ -205,7 +205,7 @@ def test_fewer_experts_than_ranks_and_replicas(run: Commands, checkpoint: Path, 
         assert ends[1] == pytest.approx(ends[0], rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_quantised(run: Commands, text: Path, tmp_path: Path) -> None:
     """Scored and searched in 4 bits; tuning is refused."""
     path = save_checkpoint(tmp_path / "wide", hidden_size=64, intermediate_size=64)

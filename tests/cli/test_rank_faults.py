@@ -78,7 +78,7 @@ def undisturbed(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("victim", ["second", "first"])
 def test_a_process_is_killed(checkpoint: Path, text: Path, undisturbed: Path, tmp_path: Path, victim: str) -> None:
     """In the midst of tuning, started by Lightning: no process is left, a line says why, the same command goes on."""
@@ -106,15 +106,12 @@ def test_a_process_is_killed(checkpoint: Path, text: Path, undisturbed: Path, tm
     same_ends(out, undisturbed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("during", ["observe_into", "tune", "export_model"])
-def test_a_process_dies_under_torchrun(
-    checkpoint: Path, text: Path, undisturbed: Path, tmp_path: Path, during: str
-) -> None:
-    """In the second round, in each of its parts."""
+@pytest.mark.scale
+def test_a_process_dies_under_torchrun(checkpoint: Path, text: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Where the tuned model of the second round would be written."""
     out = tmp_path / "run"
     words = lottery(checkpoint, text, out)
-    run = torchrun("dies", words, DIES=1, DURING=during)
+    run = torchrun("dies", words, DIES=1, DURING="export_model")
     assert run.returncode != 0
     lines = our_lines(run)
     assert len(lines) <= 1 and all("another process of this job is gone" in line for line in lines), run.stderr
@@ -123,7 +120,7 @@ def test_a_process_dies_under_torchrun(
     same_ends(out, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_a_full_disk(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = torchrun("full-disk", lottery(checkpoint, text, out, tokens=64))
@@ -132,7 +129,7 @@ def test_a_full_disk(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     nothing_half_written(out)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize("fault", ["other-text", "other-model", "cut-shard"])
 def test_ranks_that_see_different_things(checkpoint: Path, text: Path, tmp_path: Path, fault: str) -> None:
     """Another text, another model, or a shard that one of them cannot read."""

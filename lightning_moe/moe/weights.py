@@ -1,0 +1,86 @@
+"""Weights: every parameter of a model, where it belongs, and how much of it one of several ranks holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.non_uniform import stacked_parameters
+from lightning_moe.moe.sharding import decoder_layers
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter."""
+
+    name: str
+    layer: int | None
+    """Number of the decoder layer it belongs to; None for the embedding, the last norm, the output head."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    routed: float = 1.0
+    """Fraction of it that works on one token: ``top_k / E`` for the stacks of experts."""
+    split: bool = True
+    """Whether moe_fsdp splits it over ranks; routers, norms and biases are on every rank."""
+    stack: bool = False
+    """Whether it is a stack of experts."""
+    looked_up: bool = False
+    """Whether tokens pick rows of it and it multiplies nothing: the embedding, unless it is the output head too."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def split_dimension(self, ranks: int) -> int:
+        """Along which dimension so many ranks split it: the first that they divide evenly, or unevenly the first."""
+        return next((place for place, size in enumerate(self.shape) if size % ranks == 0), 0)
+
+    def on_rank(self, ranks: int) -> int:
+        """Numbers on the rank that holds most, of so many that share one copy of the model."""
+        if ranks == 1 or not self.split:
+            return self.numel
+        size = self.shape[self.split_dimension(ranks)]
+        return self.numel // size * -(-size // ranks)
+
+
+def weights_of(model: PreTrainedModel) -> list[Weight]:
+    """All parameters of a model, a shared one once."""
+    moe_layers = find_moe_layers(model)
+    routers = {id(parameter) for layer in moe_layers for parameter in layer.router.parameters()}
+    routed = {
+        id(stack): layer.top_k / layer.num_experts
+        for layer in moe_layers
+        for stack in stacked_parameters(layer.experts).values()
+    }
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    tied = isinstance(head, nn.Module) and any(p is embedding.weight for p in head.parameters())
+    number_of = {id(p): index for index, layer in decoder_layers(model).items() for p in layer.parameters()}
+    return [
+        Weight(
+            name,
+            number_of.get(id(parameter)),
+            tuple(parameter.shape),
+            parameter.dtype,
+            min(1.0, routed.get(id(parameter), 1.0)),
+            parameter.dim() >= 2 and id(parameter) not in routers,
+            id(parameter) in routed,
+            parameter is embedding.weight and not tied,
+        )
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def total_parameters(weights: Iterable[Weight]) -> int:
+    return sum(weight.numel for weight in weights)
+
+
+def active_parameters(weights: Iterable[Weight]) -> int:
+    """Parameters that work on one token: everything, but of the experts only those its router picks."""
+    return round(sum(weight.numel * weight.routed for weight in weights))
