@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from lightning.pytorch import Trainer
@@ -15,23 +15,32 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_moe.errors import InputError
 from lightning_moe.strategies import MoEFSDPStrategy, check_strategy
+from tests.helpers.foreign_ranks import alone
 
 Figures = dict[str, Any]
 
 
-def run(job: str, folder: Path, devices: int, strategy: str) -> dict[str, Figures]:
-    command = [sys.executable, "-m", "tests.helpers.foreign_ranks", job, str(folder), str(devices), strategy]
+class Runs(NamedTuple):
+    """What one process found, and two, and the folder of their checkpoints."""
+
+    one: Figures
+    two: Figures
+    folder: Path
+
+
+def run(job: str, folder: Path, devices: int) -> Figures:
+    command = [sys.executable, "-m", "tests.helpers.foreign_ranks", job, str(folder), str(devices)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    found: dict[str, Figures] = json.loads((folder / f"{job}.json").read_text())
+    found: Figures = json.loads((folder / f"{job}.json").read_text())
     return found
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Figures], dict[str, Figures]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("foreign")
-    return run("one", folder, 1, "auto"), run("two", folder, 2, "moe_fsdp")
+    return Runs(alone(folder), run("two", folder, 2), folder)
 
 
 def weights_differ(one: Figures, other: Figures) -> float:
@@ -41,45 +50,120 @@ def weights_differ(one: Figures, other: Figures) -> float:
     return max(abs(mine - yours) / max(abs(yours), 1e-3) for pair in pairs for mine, yours in pair)
 
 
-@pytest.mark.parametrize("how", ["automatic", "clipped", "accumulated", "by_hand", "two_epochs"])
-def test_trains_as_one_process(runs: tuple[dict[str, Figures], dict[str, Figures]], how: str) -> None:
+def same_fit(found: Figures, wanted: Figures) -> None:
     """Losses, weights, and the loss validated after them, which stale weights would show."""
-    one, two = runs[0][how], runs[1][how]
-    assert two["split"] and not one["split"]
-    assert two["alike"]
-    assert two["losses"] == pytest.approx(one["losses"], abs=2e-5)
-    assert two["validated"] == pytest.approx(one["validated"], abs=2e-5)
-    assert weights_differ(two, one) < 1e-4
+    assert found["split"]
+    assert found["alike"]
+    assert found["losses"] == pytest.approx(wanted["losses"][-len(found["losses"]) :], abs=2e-5)
+    assert found["validated"] == pytest.approx(wanted["validated"], abs=2e-5)
+    assert weights_differ(found, wanted) < 1e-4
 
 
-def test_clipping_clipped(runs: tuple[dict[str, Figures], dict[str, Figures]]) -> None:
-    assert weights_differ(runs[1]["clipped"], runs[1]["automatic"]) > 1e-3
+HOW = ["automatic", "clipped", "clipped by value", "accumulated", "by hand", "toggled", "headed", "two epochs", "tied"]
 
 
-def test_mixed_precision(runs: tuple[dict[str, Figures], dict[str, Figures]]) -> None:
-    one, two = runs[0]["mixed"], runs[1]["mixed"]
+@pytest.mark.parametrize("how", HOW)
+def test_trains_as_one_process(runs: Runs, how: str) -> None:
+    assert not runs.one[how]["split"]
+    same_fit(runs.two[how], runs.one[how])
+
+
+@pytest.mark.parametrize("how", ["clipped", "clipped by value"])
+def test_clipping_clipped(runs: Runs, how: str) -> None:
+    assert weights_differ(runs.two[how], runs.two["automatic"]) > 1e-3
+
+
+def test_mixed_precision(runs: Runs) -> None:
+    one, two = runs.one["mixed"], runs.two["mixed"]
     assert two["losses"] == pytest.approx(one["losses"], abs=2e-3)
     assert two["validated"] == pytest.approx(one["validated"], abs=2e-3)
-    assert two["losses"] != runs[1]["automatic"]["losses"]
+    assert two["losses"] != runs.two["automatic"]["losses"]
 
 
-def test_recomputed_activations_change_nothing(runs: tuple[dict[str, Figures], dict[str, Figures]]) -> None:
-    assert runs[1]["recomputed"]["losses"] == pytest.approx(runs[1]["automatic"]["losses"], abs=1e-6)
-    assert weights_differ(runs[1]["recomputed"], runs[1]["automatic"]) < 1e-5
+@pytest.mark.parametrize("how", ["recomputed", "offloaded"])
+def test_what_saves_memory_changes_nothing(runs: Runs, how: str) -> None:
+    """Activations computed anew; weights in the memory of the CPU."""
+    assert runs.two[how]["losses"] == pytest.approx(runs.two["automatic"]["losses"], abs=1e-6)
+    assert weights_differ(runs.two[how], runs.two["automatic"]) < 1e-5
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_goes_on_from_a_checkpoint(runs: tuple[dict[str, Figures], dict[str, Figures]], full: bool) -> None:
-    """Of parts, or of one file: as if it had not been stopped."""
-    whole, resumed = runs[1]["two_epochs"], runs[1][f"resumed-{full}"]
+def test_measures_the_weights_it_has(runs: Runs) -> None:
+    """Before, within, between and after two fits of one Trainer; the last figure of each is the exported model's."""
+    one, two = runs.one["looked at"], runs.two["looked at"]
+    for moment in ("before", "first", "second"):
+        assert two[moment] == pytest.approx([one[moment][0]] * len(two[moment]), abs=2e-5), moment
+    assert len({round(two[moment][0], 3) for moment in ("before", "first", "second")}) == 3
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-5)
+
+
+@pytest.mark.parametrize("how", ["False", "True", "kept"])
+def test_goes_on_from_a_checkpoint(runs: Runs, how: str) -> None:
+    """Of parts, of one file, or of ``ModelCheckpoint``: as if it had not been stopped."""
+    whole, resumed = runs.two["two epochs"], runs.two[f"resumed, {how}"]
     assert resumed["losses"] == pytest.approx(whole["losses"][2:], abs=1e-6)
+    assert resumed["alike"]
     assert weights_differ(resumed, whole) < 1e-6
 
 
-def test_a_checkpoint_of_other_experts_is_refused(runs: tuple[dict[str, Figures], dict[str, Figures]]) -> None:
-    kind, said = runs[1]["other_plan"]
-    assert kind == "InputError"
-    assert "another plan" in said and "(8, 32)" in said and "(6, 32)" in said and "\n" not in said
+def test_goes_on_from_one_process(runs: Runs) -> None:
+    """Which knew nothing of us, with tied weights under two names."""
+    assert len(runs.two["resumed, one"]["losses"]) == 2
+    same_fit(runs.two["resumed, one"], runs.one["tied"])
+
+
+def test_one_process_goes_on_from_two(runs: Runs) -> None:
+    back = run("back", runs.folder, 1)
+    for full in ("False", "True"):
+        assert len(back[full]["losses"]) == 2
+        same_fit(back[full], runs.one["two epochs"])
+
+
+@pytest.mark.slow
+def test_replicas(runs: Runs) -> None:
+    """Four processes, of which two and two hold the model."""
+    four = run("four", runs.folder, 4)
+    for how in ("automatic", "clipped", "headed"):
+        same_fit(four[how], runs.one[how])
+    assert len(four["resumed"]["losses"]) == 2
+    same_fit(four["resumed"], runs.one["two epochs"])
+
+
+REFUSED = {
+    "no part": ["cannot be loaded", "__1_0.distcp"],
+    "cut part": ["cannot be loaded"],
+    "no list": ["no whole checkpoint", "was its saving killed?"],
+    "cut list": ["no whole checkpoint", "was its saving killed?"],
+    "cut record": ["cannot be loaded"],
+    "empty record": ["cannot be loaded"],
+    "no record": ["cannot be loaded"],
+    "nothing in it": ["no whole checkpoint"],
+    "cut file": ["no whole checkpoint"],
+    "absent": ["no such checkpoint"],
+    "experts, parts": ["another plan", "(8, 32)", "(6, 32)"],
+    "experts, file": ["another plan", "(8, 32)", "(6, 32)"],
+    "more, parts": ["another model", "layers.2", "only here"],
+    "more, file": ["another model", "layers.2", "only here"],
+    "fewer, parts": ["another model", "layers.1", "only there"],
+    "fewer, file": ["another model", "layers.1", "only there"],
+    "optimisers, parts": ["cannot be loaded", "optimizer_0"],
+    "optimisers, file": ["cannot be loaded"],
+    "precision": ["--trainer.precision 16-true", "bf16-mixed"],
+    "replicas": ["2 ranks", "3 replicas"],
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refuses_on_all_ranks_in_one_line(runs: Runs, what: str) -> None:
+    first, second = runs.two["refused"][what]
+    assert first == second
+    kind, said = first
+    assert kind == "InputError", said
+    assert "\n" not in said
+    assert all(word in said for word in REFUSED[what]), said
+
+
+def test_all_refusals_are_known(runs: Runs) -> None:
+    assert runs.two["refused"].keys() == REFUSED.keys()
 
 
 def test_what_it_cannot_do() -> None:

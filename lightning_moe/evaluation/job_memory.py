@@ -153,8 +153,8 @@ class JobMemories:
         if place not in self._traces:
             self._traces[place] = self._trace(model, job, batch)
         passes, statistics, figures = self._traces[place]
-        statistics += self._scales(setup.quantize) if setup.quantize and not tunes(job) else 0
-        memory = RankMemory(model.weights, setup.layout, learns, statistics)
+        statistics += 0 if setup.quantize is None else self._scales(setup.quantize)
+        memory = RankMemory(model.weights, setup.layout, learns, statistics, self.weights(job, setup))
         moments = [memory.loading()]
         for number, step in enumerate(passes):
             names = ("",) if len(passes) == 1 else ("teacher", "student")

@@ -90,12 +90,14 @@ class RankMemory:
         layout: How they lie on the ranks.
         learns: Names of those that learn.
         statistics: Bytes that stay through the job.
+        unpacked: The weights as they are read, where some are packed then.
     """
 
     weights: Sequence[Weight]
     layout: Layout
     learns: frozenset[str] = field(default_factory=frozenset)
     statistics: int = 0
+    unpacked: Sequence[Weight] = ()
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -119,14 +121,31 @@ class RankMemory:
         here = replace(self, layout=replace(self.layout, offload=False))
         offloaded = here.weight_bytes + here.gradient_bytes + here.optimizer_bytes
         offloaded -= self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return offloaded + (self.largest_layer if self.layout.split else here.weight_bytes)
+        return offloaded + (0 if self.layout.split else here.weight_bytes) + self.reading(made=True)
 
     def moment(self, at: str, activations: int = 0, transient: int = 0, gradients: int = 0) -> Moment:
         return Moment(at, self.weight_bytes, gradients, self.optimizer_bytes, activations, self.statistics, transient)
 
     def loading(self) -> Moment:
-        """While the last decoder layer is read: of a split model as a whole."""
-        return Moment("loading", self.weight_bytes, transient=self.largest_layer if self.layout.split else 0)
+        """While the last decoder layer is read, which goes to a GPU when it is made."""
+        return Moment("loading", self.weight_bytes, transient=self.reading(made=not self.layout.gpu))
+
+    def reading(self, made: bool) -> int:
+        """What the reading of a layer takes above the weights: of a split model the layer as a whole.
+
+        With what stacks are ``made`` of, where experts lie on disk one by one: as each is made, its pieces lie beside.
+        """
+        most = 0
+        for layer in self._layers:
+            own = [one for one in self.unpacked if one.layer == layer] or self._by_layer[layer]
+            whole = sum(map(_bytes, own)) if self.layout.split else 0
+            stacks = sorted((one for one in own if one.made is not None), key=lambda one: one.made or 0)
+            done = beside = 0
+            for stack in stacks:
+                beside = max(beside, done + 2 * _bytes(stack))
+                done += _bytes(stack)
+            most = max(most, whole + (max(0, beside - done) if made else 0))
+        return most
 
     def observing(self, activations: int, transient: int) -> Moment:
         """While statistics are taken of what a layer's experts gave."""
@@ -137,20 +156,6 @@ class RankMemory:
         """While figures are made of a layer's experts, which of a split model are gathered once more for it."""
         whole = max(sum(_bytes(w) for w in self._split(layer) if w.stack) for layer in self._layers)
         return self.moment("figures of the weights", 0, transient + whole)
-
-    @property
-    def largest_layer(self) -> int:
-        """What the reading of one decoder layer takes as a whole.
-
-        Experts lie on disk one by one: beside the largest stack of them lie its pieces.
-        """
-        most = 0
-        for layer in self._layers:
-            own = self._by_layer[layer]
-            stacks = [_bytes(weight) for weight in own if weight.stack]
-            whole = sum(map(_bytes, own))
-            most = max(most, whole, whole - sum(stacks) + 2 * max(stacks, default=0))
-        return most
 
     def moments(self, step: StepBytes, backward: bool = False, name: str = "") -> Iterator[Moment]:
         """The moments of one pass through the model, with its backward and an optimizer's step if it has some."""

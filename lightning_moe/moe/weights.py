@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import stacked_parameters
@@ -30,6 +32,8 @@ class Weight:
     """Whether moe_fsdp splits it over ranks; routers, norms and biases are on every rank."""
     stack: bool = False
     """Whether it is a stack of experts."""
+    made: int | None = None
+    """Place in the order in which a layer's stacks are made, of experts that lie on disk one by one; else None."""
     looked_up: bool = False
     """Whether tokens pick rows of it and it multiplies nothing: the embedding, unless it is the output head too."""
 
@@ -62,6 +66,7 @@ def weights_of(model: PreTrainedModel) -> list[Weight]:
     assert isinstance(embedding, nn.Embedding)
     tied = isinstance(head, nn.Module) and any(p is embedding.weight for p in head.parameters())
     number_of = {id(p): index for index, layer in decoder_layers(model).items() for p in layer.parameters()}
+    made = _making_order(model)
     return [
         Weight(
             name,
@@ -71,10 +76,21 @@ def weights_of(model: PreTrainedModel) -> list[Weight]:
             min(1.0, routed.get(id(parameter), 1.0)),
             parameter.dim() >= 2 and id(parameter) not in routers,
             id(parameter) in routed,
+            made.get(name.rpartition(".")[2]) if id(parameter) in routed else None,
             parameter is embedding.weight and not tied,
         )
         for name, parameter in model.named_parameters()
     ]
+
+
+def _making_order(model: PreTrainedModel) -> dict[str, int]:
+    """Stacks by name, numbered as transformers makes them: by the name of their first piece on disk."""
+    stacks: list[tuple[str, str]] = []
+    for one in cast("Any", get_model_conversion_mapping(model)):
+        if any(".*." in source for source in one.source_patterns):
+            first = min(source.rpartition(".*.")[2] for source in one.source_patterns)
+            stacks += [(first, target.rpartition(".")[2]) for target in one.target_patterns]
+    return {target: number for number, (_, target) in enumerate(sorted(stacks))}
 
 
 def total_parameters(weights: Iterable[Weight]) -> int:

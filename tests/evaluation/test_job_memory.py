@@ -118,3 +118,10 @@ def test_remedies_add_up_where_none_suffices(memories: JobMemories) -> None:
     (more,) = remedies(memories, "tune all", setup, total(memories, "tune all", together, windows=1, devices=4))
     assert more.change == f"{one.change} and --data.batch_size 1 and 4 devices (1 x 4)"
     assert remedies(memories, "tune all", setup, 1000) == []
+
+
+def test_packed_experts_are_read_as_they_are(memories: JobMemories) -> None:
+    """A layer is whole before it is packed, so reading it takes as much as ever."""
+    loading = [memories.estimate("score", replace(SPLIT, quantize=kind)).moments[0] for kind in (None, "nf4")]
+    assert [moment.at for moment in loading] == ["loading", "loading"]
+    assert loading[0].transient == loading[1].transient

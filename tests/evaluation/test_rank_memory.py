@@ -14,9 +14,9 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 WEIGHTS = [
     Weight("embedding", None, (10, 4), F32, looked_up=True),
-    Weight("0.experts", 0, (4, 4, 4), F32, routed=0.5, stack=True),
+    Weight("0.experts", 0, (4, 4, 4), F32, routed=0.5, stack=True, made=0),
     Weight("0.norm", 0, (4,), F32, split=False),
-    Weight("1.experts", 1, (4, 4, 4), F32, routed=0.5, stack=True),
+    Weight("1.experts", 1, (4, 4, 4), F32, routed=0.5, stack=True, made=0),
     Weight("1.norm", 1, (4,), F32, split=False),
     Weight("head", None, (10, 4), F32),
 ]
@@ -119,12 +119,30 @@ NAMES = ("weight", "gradient", "optimizer")
 
 
 def test_loading() -> None:
-    """A whole layer beside the parts, and the pieces of its largest stack; as a whole on the CPU's way to a GPU."""
+    """A whole layer beside the parts, 272 bytes; as its stack is made of 256 its pieces are there, too."""
     split = RankMemory(WEIGHTS, Layout(2, split=True))
-    assert split.loading().total == split.weight_bytes + 16 + 2 * 256
+    assert split.loading().total == split.weight_bytes + 272 + 256
     assert split.host_bytes == 0
+    plain = RankMemory(WEIGHTS, Layout())
+    assert plain.loading().total == 864 + 256 and plain.host_bytes == 0
+
+
+def test_loading_on_the_way_to_a_gpu() -> None:
+    """Layers are made in the CPU's memory."""
+    split = RankMemory(WEIGHTS, Layout(2, split=True, gpu=True))
+    assert split.loading().total == split.weight_bytes + 272 and split.host_bytes == 272 + 256
     plain = RankMemory(WEIGHTS, Layout(gpu=True))
-    assert plain.loading().total == 864 and plain.host_bytes == 864
+    assert plain.loading().total == 864 and plain.host_bytes == 864 + 256
+
+
+@pytest.mark.parametrize(("order", "beside"), [((0, 1), 200), ((1, 0), 400), ((None, None), 0)])
+def test_stacks_are_made_one_after_the_other(order: tuple[int | None, int | None], beside: int) -> None:
+    """Of 400 and 200 bytes: where the large one comes first, the other is not there yet while its pieces are."""
+    shapes = ((4, 5, 5), (2, 5, 5))
+    weights = [
+        Weight(str(made), 0, shape, F32, stack=True, made=made) for shape, made in zip(shapes, order, strict=True)
+    ]
+    assert RankMemory(weights, Layout()).loading().transient == beside
 
 
 def test_statistics_stay() -> None:

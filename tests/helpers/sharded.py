@@ -7,6 +7,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def _work(rank: int, ranks: int, replicas: int, offload: bool, folder: Path, che
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     store = f"file://{folder / f'store-{ranks}-{replicas}-{offload}'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    patience = timedelta(minutes=3)  # with a rank that failed where another still waits
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=patience)
     try:
         sharding = Sharding(make_mesh("cpu", ranks, replicas), offload=offload)
         for check in checks:
@@ -69,6 +71,7 @@ def split_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 def same_weights(one: nn.Module, other: nn.Module) -> None:
     mine, yours = one.state_dict(), other.state_dict()
     assert mine.keys() == yours.keys()
+    assert [name for name in mine if mine[name].dtype != yours[name].dtype] == []
     assert [name for name in mine if not torch.equal(whole(mine[name]), whole(yours[name]))] == []
     buffers = zip(one.named_buffers(), other.named_buffers(), strict=True)
     assert [name for (name, mine_), (_, yours_) in buffers if not torch.equal(mine_, yours_)] == []

@@ -67,3 +67,17 @@ def test_experts_at_work() -> None:
     stacks = sum(weight.numel for weight in weights if weight.stack)
     assert stacks == 2 * 8 * 3 * 32 * 48
     assert active_parameters(weights) == total_parameters(weights) - stacks * 6 // 8
+
+
+@pytest.mark.parametrize(
+    ("family", "order"),
+    [
+        ("mixtral", ["gate_up_proj", "down_proj"]),  # of w1 and w3, and of w2
+        ("qwen2_moe", ["down_proj", "gate_up_proj"]),
+        ("gpt_oss", []),  # whose stacks lie on disk as they are
+    ],
+)
+def test_order_in_which_stacks_are_made(family: str, order: list[str]) -> None:
+    weights = [weight for weight in weights_of(new_model(tiny_config(family))) if weight.layer == 1]
+    made = {weight.made: weight.name.rpartition(".")[2] for weight in weights if weight.made is not None}
+    assert [made[number] for number in sorted(made)] == order
