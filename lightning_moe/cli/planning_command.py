@@ -46,7 +46,7 @@ class PlanningCommand(Trainer):
             gpu: Name of the GPUs, such as H100, from which memory and speed are known. Default: those of this machine.
             device_memory: GiB of one device. Default: the GPU's; else this machine's RAM, shared by its processes.
             flops: Floating-point operations per second that one device reaches in this work. Default: 35% of the
-                GPU's peak, or of what this CPU does in a product of matrices.
+                GPU's peak, or 70% of what this CPU does in a product of matrices.
             overwrite: Replace the estimate for another request in that folder.
         """
         assert self.cluster is not None
