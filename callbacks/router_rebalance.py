@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_moe.callbacks.batches import batch_mask
 from lightning_moe.errors import InputError
-from lightning_moe.moe.layers import MoELayer, find_moe_layers, holds_hugging_face_model, hugging_face_model
+from lightning_moe.moe.layers import MoELayer, find_moe_layers, hugging_face_model, hugging_face_models
 from lightning_moe.moe.router_losses import attach_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, rewrite_weights
 from lightning_moe.stats.usage import RouterCounts
@@ -70,7 +70,7 @@ class RouterRebalance(Callback):
         def configure_and_freeze() -> None:
             vars(pl_module).pop("configure_model")
             configure()
-            if holds_hugging_face_model(pl_module):
+            if hugging_face_models(pl_module):
                 self._freeze(pl_module)
 
         vars(pl_module)["configure_model"] = configure_and_freeze

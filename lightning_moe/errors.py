@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import pickle
+import struct
 from collections.abc import Iterable
 
 
@@ -11,6 +13,19 @@ class InputError(ValueError):
 
     The commands print it on stderr and leave with exit code 2; anything else is a defect and keeps its traceback.
     """
+
+
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+"""What torch and Lightning raise at a file of tensors that is cut off, or of something else."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

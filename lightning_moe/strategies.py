@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -20,12 +19,13 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_moe.errors import InputError, describe, first_line
+from lightning_moe.errors import UNREADABLE, InputError, describe, first_line
 from lightning_moe.moe.checkpoints import model_id
 from lightning_moe.moe.experts import IMPLEMENTATION
-from lightning_moe.moe.layers import holds_hugging_face_model, hugging_face_model
+from lightning_moe.moe.layers import find_moe_layers, hugging_face_models
+from lightning_moe.moe.non_uniform import find_blocks
 from lightning_moe.moe.quantisation import Quantisation, check_quantisation, quantise_experts
-from lightning_moe.moe.ranks import average_over_ranks, check_same, on_all_ranks
+from lightning_moe.moe.ranks import average_gradients, check_same, on_all_ranks
 from lightning_moe.moe.sharded_loading import load_sharded
 from lightning_moe.moe.sharding import Sharding, make_mesh
 from lightning_moe.moe.split_tensors import is_sharded, is_split, local
@@ -37,17 +37,15 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {
 }
 """Precisions it works in, and what decoder layers are gathered in where that is not the type of their weights."""
 
-UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError)
-"""What torch and Lightning raise at a checkpoint that is cut off, or of another fit."""
-
 
 class MoEFSDPStrategy(ModelParallelStrategy):
-    """Split the Hugging Face MoE inside a LightningModule over all ranks, by FSDP2; ``moe_fsdp`` to the Trainer.
+    """Split each Hugging Face MoE inside a LightningModule over all ranks, by FSDP2; ``moe_fsdp`` to the Trainer.
 
     What is split and how, ``Sharding`` says. ``MoECausalLM`` loads its part of a checkpoint straight into the split
-    model; that of another module, made in its ``configure_model``, is split where it lies. Parameters that are not
-    split, of whoever (routers, importance logits), stay identical on all ranks: their gradients are averaged after
-    each backward pass. The module may be fitted by hand or by Lightning, with any number of optimisers.
+    model; those of another module, made in its ``configure_model``, are split where they lie, and dense models beside
+    them are left whole. Parameters that are not split, of whoever (routers, importance logits), stay identical on all
+    ranks: their gradients are averaged after each backward pass, before ``on_after_backward`` sees them. The module may
+    be fitted by hand or by Lightning, with any number of optimisers.
 
     Args:
         replicas: Copies of the model, each split over its share of the ranks (HSDP); one per node spares the network
@@ -56,7 +54,7 @@ class MoEFSDPStrategy(ModelParallelStrategy):
         cpu_offload: Keep weights, gradients and the optimiser's state in the CPU's memory.
         quantize: Hold the experts of a frozen model in 4 bits (nf4) or 8 (int8); for ``score`` and ``search``.
         save_distributed_checkpoint: Each rank writes its part of a checkpoint, a folder; otherwise rank 0 gathers it
-            as a whole into one file.
+            as a whole into one file (which Lightning cannot resume when the optimiser has no state, as plain SGD).
         process_group_backend: Of torch.distributed; default nccl for GPUs, gloo for CPUs.
         timeout: After which a rank that waits for another gives up.
     """
@@ -121,8 +119,12 @@ class MoEFSDPStrategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        if holds_hugging_face_model(module):
-            self._prepare(hugging_face_model(module, "moe_fsdp"))
+        networks = hugging_face_models(module)
+        moes = [network for network in networks if any(find_blocks(network))]
+        if networks and not moes:
+            find_moe_layers(networks[0])  # refuses it
+        for network in moes:
+            self._prepare(network)
         for loop in (
             trainer.validate_loop,
             trainer.test_loop,
@@ -176,8 +178,11 @@ class MoEFSDPStrategy(ModelParallelStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
-        clippers = {"clip_grad_by_norm": self._clip_grad_by_norm, "clip_grad_by_value": self._clip_grad_by_value}
-        vars(self.precision_plugin).update(clippers)  # torch's own take no mixture of split and whole gradients
+        vars(self.precision_plugin).update(
+            clip_grad_by_norm=self._clip_grad_by_norm,  # torch's own take no mixture of split and whole gradients
+            clip_grad_by_value=self._clip_grad_by_value,
+            post_backward=self._post_backward,
+        )
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip by the norm over all ranks."""
@@ -199,11 +204,11 @@ class MoEFSDPStrategy(ModelParallelStrategy):
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             local(parameter.grad).clamp_(-clip_val, clip_val)
 
-    @override
-    def post_backward(self, closure_loss: Tensor) -> None:
+    def _post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:
         """Average the gradients of what is not split: of sums over batches too, for averaging again changes nothing."""
-        assert isinstance(self.model, nn.Module)
-        average_over_ranks(p.grad for p in self.model.parameters() if p.grad is not None and not is_split(p))
+        average_gradients([p for p in module.parameters() if p.requires_grad and not is_split(p)])
+        plugin = self.precision_plugin
+        return type(plugin).post_backward(plugin, tensor, module)  # which calls on_after_backward
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -59,13 +59,26 @@ def same_fit(found: Figures, wanted: Figures) -> None:
     assert weights_differ(found, wanted) < 1e-4
 
 
-HOW = ["automatic", "clipped", "clipped by value", "accumulated", "by hand", "toggled", "headed", "two epochs", "tied"]
+HOW = ["automatic", "clipped", "clipped by value", "accumulated", "by hand", "toggled", "headed", "parted", "taught"]
+HOW += ["two epochs", "tied"]
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_trains_as_one_process(runs: Runs, how: str) -> None:
     assert not runs.one[how]["split"]
     same_fit(runs.two[how], runs.one[how])
+
+
+def test_gradients_are_averaged_before_anybody_sees_them(runs: Runs) -> None:
+    """Those of heads that have one on a single rank too."""
+    one, two = runs.one["parted"]["seen"], runs.two["parted"]["seen"]
+    assert len(one) == 4 and all(len(step) == 2 for step in one)
+    for step, other in zip(one, two, strict=True):
+        assert other == pytest.approx(step, rel=1e-4, abs=1e-6)
+
+
+def test_every_moe_in_the_module_is_split(runs: Runs) -> None:
+    assert runs.two["taught"]["split"] > 1.5 * runs.two["automatic"]["split"]
 
 
 @pytest.mark.parametrize("how", ["clipped", "clipped by value"])

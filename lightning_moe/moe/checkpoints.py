@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_moe.errors import InputError, first_line
+from lightning_moe.errors import UNREADABLE, InputError, first_line
 from lightning_moe.files import looks_local, replaced_folder
 from lightning_moe.moe import non_uniform, skipping
-from lightning_moe.moe.layers import LayerShape, find_moe_layers
+from lightning_moe.moe.layers import LayerShape, check_unpacked, find_moe_layers
 from lightning_moe.moe.non_uniform import resize_moe_layers
 from lightning_moe.moe.skip_tables import refresh_skipping, stored_entry
 
@@ -170,7 +170,10 @@ def weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (*UNREADABLE, TypeError, AttributeError) as error:
+                raise InputError(f"--model.path {folder}: {index.name} is no whole index of weights.") from error
             for file in files:
                 if not file.is_file():
                     raise InputError(f"--model.path {folder}: {file.name} is missing; the checkpoint is incomplete.")
@@ -199,7 +202,7 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -231,6 +234,7 @@ def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = Non
     Uniform models become stock checkpoints. Non-uniform ones carry transformers' ``per_layer_config`` and the code
     that ``trust_remote_code=True`` needs. Another ``dtype`` leaves in float32 what transformers keeps so.
     """
+    check_unpacked(model, "saved")
     with replaced_folder(target) as folder:
         if dtype is not None:
             write_model(model, folder)

@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_folder
 from lightning_moe.moe.checkpoints import add_modelling_file, load_tokenizer, save_model
-from lightning_moe.moe.layers import UNPACK, find_moe_layers
+from lightning_moe.moe.layers import check_unpacked, find_moe_layers
 from lightning_moe.moe.non_uniform import per_expert_tensors
 from lightning_moe.moe.ranks import num_ranks, rank
 from lightning_moe.moe.skip_tables import cut_entry, stored_entry
@@ -32,8 +31,7 @@ def export_model(model: PreTrainedModel, target: Path, tokenizer: str | None = N
     are left out.
     """
     layers = find_moe_layers(model)
-    if any(UNPACK in vars(layer.experts) for layer in layers):
-        raise InputError("a model with packed experts (moe_fsdp: quantize) cannot be saved; leave quantize out.")
+    check_unpacked(model, "saved")
     if is_sharded(model) or any(layer.kept is not None for layer in layers):
         _export_by_layer(model, target, tokenizer, dtype)
     elif rank() == 0:

@@ -129,15 +129,22 @@ class MoELayer:
 
 
 def hugging_face_model(module: nn.Module, asker: str) -> PreTrainedModel:
-    """The Hugging Face model inside anybody's module; ``asker`` opens the error when there is none."""
-    for part in module.modules():
-        if isinstance(part, PreTrainedModel):
-            return part
-    raise TypeError(f"{asker}: {type(module).__name__} holds no Hugging Face model.")
+    """The Hugging Face model inside anybody's module, the first MoE where there are several.
+
+    ``asker`` opens the error when there is none.
+    """
+    models = hugging_face_models(module)
+    if not models:
+        raise TypeError(f"{asker}: {type(module).__name__} holds no Hugging Face model.")
+    return next((model for model in models if any(find_blocks(model))), models[0])
 
 
-def holds_hugging_face_model(module: nn.Module) -> bool:
-    return any(isinstance(part, PreTrainedModel) for part in module.modules())
+def hugging_face_models(module: nn.Module) -> list[PreTrainedModel]:
+    """All Hugging Face models inside anybody's module, without those that are parts of others."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    found = [model for child in module.children() for model in hugging_face_models(child)]
+    return list(dict.fromkeys(found))
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -149,6 +156,12 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     if not layers:
         raise InputError(f"{type(model).__name__}: no MoE layers found; this is not a Mixture-of-Experts model.")
     return layers
+
+
+def check_unpacked(model: nn.Module, what: str) -> None:
+    """Raise ``InputError`` for experts that are packed (``quantise_experts``): they cannot be saved, nor cut."""
+    if any(UNPACK in vars(block.experts) for block in find_blocks(model)):
+        raise InputError(f"a model with packed experts (moe_fsdp: quantize) cannot be {what}; leave quantize out.")
 
 
 def computing_device(model: nn.Module) -> torch.device:

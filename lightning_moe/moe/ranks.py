@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_moe.errors import InputError
 
@@ -42,6 +42,23 @@ def average_over_ranks(tensors: Iterable[Tensor]) -> None:
         flat /= num_ranks()
         for tensor, mean in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
             tensor.copy_(mean.view_as(tensor))
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Put the mean over all ranks in place of each gradient; one that a rank has not is zero there.
+
+    All ranks must call it, with the same parameters. What has a gradient nowhere keeps none.
+    """
+    if num_ranks() == 1 or not parameters:
+        return
+    have = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    have = have.to(parameters[0].device)
+    torch.distributed.all_reduce(have, torch.distributed.ReduceOp.MAX)
+    learn = [parameter for parameter, somewhere in zip(parameters, have.tolist(), strict=True) if somewhere]
+    for parameter in learn:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    average_over_ranks(parameter.grad for parameter in learn if parameter.grad is not None)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError
-from lightning_moe.moe.layers import LayerShape, find_moe_layers
+from lightning_moe.moe.layers import LayerShape, check_unpacked, find_moe_layers
 from lightning_moe.moe.merged_experts import (
     AVERAGED_TYPES,
     Merge,
@@ -64,6 +64,7 @@ def keep_experts(model: PreTrainedModel, keep: Mapping[str, Sequence[int]], merg
     """
     layers, merge = find_moe_layers(model), merge or {}
     shapes = [layer.shape for layer in layers]
+    check_unpacked(model, "cut")
     check_keep(shapes, keep)
     check_merge(shapes, keep, merge)
     before = {layer.name: expert_tensors(layer.parts) for layer in layers if layer.name in merge}

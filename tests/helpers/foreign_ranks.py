@@ -21,13 +21,14 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_moe.moe.checkpoints import load_model
 from lightning_moe.moe.export import export_model
 from lightning_moe.moe.ranks import gathered, num_ranks, rank
 from lightning_moe.moe.split_tensors import is_split, whole
 from lightning_moe.strategies import MoEFSDPStrategy
-from tests.helpers.families import HIDDEN, tiny_batch, tiny_model
+from tests.helpers.families import HIDDEN, VOCAB, tiny_batch, tiny_model
 
 BATCH = 4
 VALIDATED = 50
@@ -107,6 +108,46 @@ class Headed(Foreign):
         return super().loss(batch) + self.head(hidden).square().mean()
 
 
+class Parted(Headed):
+    """Each rank uses a head of its own, as where text decides which part of a model learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(HIDDEN, 3) for _ in range(3))  # nobody uses the third
+        self.seen: list[list[float]] = []
+
+    def loss(self, batch: Tensor) -> Tensor:
+        hidden = self.inner(input_ids=batch, output_hidden_states=True).hidden_states[-1]
+        parts = [hidden] if num_ranks() == 2 else [hidden[turn::2] for turn in range(2)]
+        heads = [self.heads[rank()]] if num_ranks() == 2 else self.heads[:2]
+        own = [head(part).square().mean() for head, part in zip(heads, parts, strict=True)]
+        return Foreign.loss(self, batch) + torch.stack(own).mean()
+
+    def on_after_backward(self) -> None:
+        assert self.heads[2].weight.grad is None
+        gradients = [head.weight.grad for head in self.heads[:2]]
+        self.seen.append([float(gradient.double().sum()) for gradient in gradients if gradient is not None])
+
+
+class Taught(Foreign):
+    """Three Hugging Face models: a dense one that learns too, the MoE, and another MoE whose logits it follows."""
+
+    def configure_model(self) -> None:
+        if self.inner is None:
+            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+            config = AutoConfig.for_model("llama", vocab_size=VOCAB, num_key_value_heads=2, **sizes)
+            torch.manual_seed(rank_from_launcher())
+            self.dense = AutoModelForCausalLM.from_config(config)
+            super().configure_model()
+            self.teacher = tiny_model("mixtral", seed=1).requires_grad_(False)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = self.teacher(input_ids=batch).logits
+        told = self.inner(input_ids=batch).logits
+        return super().loss(batch) + self.dense(input_ids=batch, labels=batch).loss + (told - taught).square().mean()
+
+
 def rank_from_launcher() -> int:
     """Before the ranks know each other."""
     return int(os.environ.get("LOCAL_RANK", "0"))
@@ -176,6 +217,7 @@ def figures(module: Foreign) -> dict[str, Any]:
         "weights": {name: [float(p.sum()), float(p.square().sum())] for name, p in state.items()},
         "alike": all(one == plain for one in gathered(plain)),
         "split": sum(is_split(p) for p in module.parameters()),
+        "seen": getattr(module, "seen", []),
         "validated": float(module.trainer.callback_metrics.get("val", torch.nan)),
     }
 
@@ -253,6 +295,8 @@ def fits(run: Callable[..., Run], folder: Path) -> dict[str, Any]:
         "by hand": figures(run().fit(Foreign(by_hand=True))),
         "toggled": figures(run().fit(Toggling())),
         "headed": figures(run().fit(Headed())),
+        "parted": figures(run().fit(Parted())),
+        "taught": figures(run().fit(Taught())),
         "two epochs": figures(run().fit(Foreign(), steps=2)),
         "mixed": figures(run(precision="bf16-mixed").fit(Foreign())),
         "looked at": looked_at(run(max_steps=-1, max_epochs=1, num_sanity_val_steps=1), folder),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
+from lightning_moe.moe.checkpoints import save_model
 from lightning_moe.moe.experts import IMPLEMENTATION, ExpertHooks, expert_hooks
 from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import UNPACK, find_moe_layers
@@ -20,6 +21,7 @@ from lightning_moe.moe.quantisation import Quantisation, quantise_experts
 from lightning_moe.moe.sharded_loading import load_sharded
 from lightning_moe.moe.sharding import Sharding
 from lightning_moe.moe.split_tensors import local, whole
+from lightning_moe.moe.surgery import keep_experts
 from tests.helpers.families import tiny_batch, tiny_model
 from tests.helpers.sharded import on_ranks, written
 
@@ -104,6 +106,15 @@ def test_what_cannot_be_packed_is_refused() -> None:
         quantise_experts(layer, "nf4")
 
 
+def test_packed_experts_can_be_neither_saved_nor_cut(tmp_path: Path) -> None:
+    model = packed("mixtral", "int8")
+    with pytest.raises(InputError, match=r"packed experts .* cannot be saved; leave quantize out"):
+        save_model(model, tmp_path / "out")
+    with pytest.raises(InputError, match=r"packed experts .* cannot be cut; leave quantize out"):
+        keep_experts(model, {find_moe_layers(model)[0].name: [0, 1]})
+    assert not (tmp_path / "out").exists()
+
+
 def load_packed(kind: Quantisation, folder: Path, sharding: Sharding) -> PreTrainedModel:
     path = written("mixtral", folder, "packable", **SIZES)
     split = load_sharded(str(path), sharding, prepare=lambda layer: quantise_experts(layer, kind))
@@ -136,7 +147,7 @@ def in_mixed_precision(kind: Quantisation, folder: Path, sharding: Sharding) -> 
 
 def no_export(folder: Path, sharding: Sharding) -> None:
     """Whose weights would be bytes without their scales."""
-    with pytest.raises(InputError, match="packed experts"):
+    with pytest.raises(InputError, match=r"packed experts"):
         export_model(load_packed("nf4", folder, sharding), folder / "exported")
     assert not (folder / "exported").exists()
 
