@@ -10,8 +10,11 @@ from benchmarks import diep_step, finetune, fsdp, gates, observe, prune_save, sk
 from benchmarks.ratios import median_ratio
 
 
+LONG = pytest.param(fsdp, marks=pytest.mark.scale)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [observe, gates, diep_step, skipping, prune_save, finetune, fsdp])
+@pytest.mark.parametrize("benchmark", [observe, gates, diep_step, skipping, prune_save, finetune, LONG])
 def test_prints_name_ratio_and_goal(benchmark: object, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(repeats=1)  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()
