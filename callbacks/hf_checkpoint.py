@@ -56,7 +56,7 @@ class HFCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hugging_face_model(pl_module, "HFCheckpoint")  # likewise
-        self._known = trainer.strategy.broadcast(self._checkpoints(trainer))
+        self._known = self._checkpoints(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,8 +94,7 @@ class HFCheckpoint(Callback):
         if not self.beside_checkpoints or saved == self._saved:
             return
         self._saved = saved
-        # As rank 0 sees them: all must export the same ones.
-        found: dict[Path, int] = trainer.strategy.broadcast(self._checkpoints(trainer))
+        found = self._checkpoints(trainer)
         for file, written in found.items():
             if self._known.get(file) != written:
                 self._export(pl_module, _beside(file))
@@ -108,10 +107,16 @@ class HFCheckpoint(Callback):
         export_model(hugging_face_model(pl_module, "HFCheckpoint"), folder, self.tokenizer, self.dtype)
 
     def _checkpoints(self, trainer: Trainer) -> dict[Path, int]:
-        """What lies in the folders of the Trainer's checkpoint callbacks, and when it was written."""
-        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
-        files = sorted(file for folder in folders if folder for file in Path(folder).rglob("*.ckpt"))
-        return {file: file.stat().st_mtime_ns for file in files}
+        """What lies in the folders of the Trainer's checkpoint callbacks, and when it was written.
+
+        As rank 0 sees it, which also removes them: all must export the same ones.
+        """
+        found: dict[Path, int] = {}
+        if trainer.is_global_zero:
+            folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+            files = sorted(file for folder in folders if folder for file in Path(folder).rglob("*.ckpt"))
+            found = {file: file.stat().st_mtime_ns for file in files}
+        return trainer.strategy.broadcast(found)
 
 
 def _beside(file: Path) -> Path:

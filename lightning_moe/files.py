@@ -27,24 +27,50 @@ def replaced_file(target: Path) -> Iterator[Path]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Give an empty folder beside ``target`` to fill; it takes the target's place when the block succeeds.
 
-    A kill between the two renames leaves no target but the complete old one beside it, ``.NAME.old``; the next call
-    puts it back first.
+    See ``put_in_place`` for what a kill leaves; the next call puts it back first.
     """
     with _made_parents(target):
-        beside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        beside = target.with_name(f".{target.name}.partial")
+        put_back(target)
+        shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         try:
             yield beside
-            if target.exists():
-                target.rename(old)
-            beside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            put_in_place(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_in_place(beside: Path, target: Path) -> None:
+    """Let a complete file or folder take the place of ``target``, which may be there as either.
+
+    A kill between the two renames leaves no target but the complete old one beside it, ``.NAME.old``.
+    """
+    old = _old(target)
+    remove(old)
+    if target.exists():
+        target.rename(old)
+    beside.rename(target)
+    remove(old)
+
+
+def put_back(target: Path) -> None:
+    """Undo a ``put_in_place`` that was killed half-way."""
+    if _old(target).exists() and not target.exists():
+        _old(target).rename(target)
+    remove(_old(target))
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; what is not there is fine."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_moe.errors import UNREADABLE, InputError, describe, first_line
+from lightning_moe.files import put_back, put_in_place, remove
 from lightning_moe.moe.checkpoints import model_id
 from lightning_moe.moe.experts import IMPLEMENTATION
 from lightning_moe.moe.layers import find_moe_layers, hugging_face_models
@@ -52,7 +53,7 @@ class MoEFSDPStrategy(ModelParallelStrategy):
             between them.
         activation_checkpointing: Compute each decoder layer's activations anew in the backward pass.
         cpu_offload: Keep weights, gradients and the optimiser's state in the CPU's memory.
-        quantize: Hold the experts of a frozen model in 4 bits (nf4) or 8 (int8); for ``score`` and ``search``.
+        quantize: Hold the experts of a frozen model in 4 bits (nf4) or 8 (int8): for all that does not tune.
         save_distributed_checkpoint: Each rank writes its part of a checkpoint, a folder; otherwise rank 0 gathers it
             as a whole into one file (which Lightning cannot resume when the optimiser has no state, as plain SGD).
         process_group_backend: Of torch.distributed; default nccl for GPUs, gloo for CPUs.
@@ -73,6 +74,10 @@ class MoEFSDPStrategy(ModelParallelStrategy):
         if replicas < 1:
             raise InputError(f"moe_fsdp: replicas {replicas}: at least 1.")
         check_quantisation(quantize)
+        if cpu_offload and not save_distributed_checkpoint:
+            raise InputError(
+                "moe_fsdp: cpu_offload goes with save_distributed_checkpoint true; torch resumes no other."
+            )
         self.replicas, self.activation_checkpointing, self.cpu_offload = replicas, activation_checkpointing, cpu_offload
         self.quantize = quantize
         self._sharding: Sharding | None = None
@@ -211,6 +216,22 @@ class MoEFSDPStrategy(ModelParallelStrategy):
         return type(plugin).post_backward(plugin, tensor, module)  # which calls on_after_backward
 
     @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Beside first, then renamed: a kill leaves no folder with parts of two moments."""
+        target = Path(self.broadcast(filepath))
+        beside = target.with_name(f".{target.name}.partial")
+        if self.is_global_zero:
+            remove(beside)  # of a save that was killed
+        self.barrier()
+        super().save_checkpoint(checkpoint, beside, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            put_in_place(beside, target)
+        self.barrier()
+
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         on_all_ranks(lambda: self._check_stored(path, weights_only))
@@ -224,6 +245,8 @@ class MoEFSDPStrategy(ModelParallelStrategy):
 
     def _check_stored(self, path: Path, weights_only: bool | None) -> None:
         """Refuse the checkpoint of another model: torch would take a part of it, or say so on some ranks only."""
+        if self.is_global_zero:
+            put_back(path)
         if not path.exists():
             raise InputError(f"{path}: no such checkpoint.")
         try:
@@ -261,8 +284,8 @@ def check_strategy(strategy: Strategy | str | None) -> None:
     """Raise ``InputError`` for a strategy, or the name of one, that would not do what it seems to."""
     if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
         raise InputError(
-            "--trainer.strategy fsdp: FSDP1 allows no manual optimisation, which the search needs, and no plain "
-            "routers beside split experts; give moe_fsdp, which is FSDP2."
+            "--trainer.strategy fsdp: Lightning allows no manual optimisation with FSDP1, which the search needs; give "
+            "moe_fsdp, which is FSDP2."
         )
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, MoEFSDPStrategy):
         raise InputError(

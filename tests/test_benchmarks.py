@@ -9,7 +9,6 @@ import pytest
 from benchmarks import diep_step, finetune, fsdp, gates, observe, prune_save, skipping
 from benchmarks.ratios import median_ratio
 
-
 LONG = pytest.param(fsdp, marks=pytest.mark.scale)
 
 

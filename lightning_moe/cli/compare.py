@@ -203,6 +203,8 @@ class Comparison:
         try:
             found, reason = self._measured(cell), None
         except Exception as error:  # whatever it is, the other cells are worth having
+            if self.trainer.world_size > 1 and not isinstance(error, InputError):
+                raise  # of this rank alone, perhaps, and the others would wait for it within the cell
             found, reason = {}, describe(error)
             if not isinstance(error, InputError):
                 found = {"traceback": traceback.format_exc().splitlines()}

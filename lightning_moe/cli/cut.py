@@ -19,6 +19,7 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import resolve
 from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.ranks import on_all_ranks
 from lightning_moe.pruning.budget import Scope
 
 
@@ -52,9 +53,7 @@ def cut_on_disk(
     trainer: Trainer, model: MoECausalLM, source: str, keep: Mapping[str, Sequence[int]], folder: Path
 ) -> None:
     """Let ``model`` hold these experts of the checkpoint at ``source``: cut into ``folder``, loaded, and removed."""
-    if trainer.is_global_zero:
-        compact_checkpoint(source, keep, folder)
-    trainer.strategy.barrier()
+    on_all_ranks(lambda: compact_checkpoint(source, keep, folder) if trainer.is_global_zero else None)
     model.load(str(folder))
     trainer.strategy.barrier()
     if trainer.is_global_zero:

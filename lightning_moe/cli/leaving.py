@@ -6,17 +6,19 @@ import os
 import re
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Iterable
+from subprocess import Popen
+from typing import Any, NoReturn
 
 from lightning.fabric.utilities import rank_zero_only
 
 GO_ON = "The same command goes on from the last finished step."
 
 PATIENCE = 5.0
-"""Seconds that other ranks leave rank 0 to say what is wrong; whoever launched them ends them meanwhile."""
+"""Seconds that other ranks leave rank 0 to say what is wrong; it, or whoever launched them, ends them meanwhile."""
 
 LOST = re.compile(
-    r"connection (closed|reset|refused|was)|broken pipe|socket|timed? ?out|remote process|ncclremote|nccl error|gloo",
+    r"connection (closed|reset|refused|was)|broken pipe|timed? ?out|remote process|ncclremote",
     re.IGNORECASE,
 )
 
@@ -39,16 +41,15 @@ def lost_rank(error: BaseException) -> str | None:
     return next((sentence for sentence in sentences if LOST.search(sentence)), None)
 
 
-def leave(message: str, alike: bool = True) -> NoReturn:
-    """Say what is wrong and end with exit code 2; where all ranks fail ``alike``, rank 0 speaks for them."""
+def leave(message: str, children: Iterable[Popen[Any]] = ()) -> NoReturn:
+    """Say what is wrong and end with exit code 2, and so the ranks that this one started; rank 0 speaks for all."""
     rank = getattr(rank_zero_only, "rank", 0)
     if rank:
-        parent = os.getppid()
         time.sleep(PATIENCE)
-        if alike and os.getppid() != parent:  # rank 0, which started this one, has said it and is gone
-            os._exit(2)
         message = f"rank {rank}: {message}"
     print(f"lightning-moe: {message}", file=sys.stderr, flush=True)
+    for child in children:
+        child.kill()  # on GPUs they might wait for this one for half an hour
     if _several():
         os._exit(2)  # an ordinary end would wait for processes that are gone
     sys.exit(2)

@@ -8,7 +8,8 @@ import re
 import signal
 import sys
 import warnings
-from typing import Any, NoReturn
+from subprocess import Popen
+from typing import Any, ClassVar, NoReturn
 
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -56,6 +57,9 @@ class OneLineParser(LightningArgumentParser):
 class MoECLI(LightningCLI):
     """Commands around ``MoECausalLM``, ``TextDataModule`` and ``MoETrainer``."""
 
+    launcher: ClassVar[Any] = None
+    """What starts the other ranks, if this process does."""
+
     @override
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -81,6 +85,7 @@ class MoECLI(LightningCLI):
         cluster = Cluster.take(config) if self.subcommand == "plan" else None
         trainer: Any = super()._instantiate_trainer(config, callbacks)
         trainer.cluster = cluster
+        MoECLI.launcher = trainer.strategy.launcher
         return trainer
 
     @override
@@ -114,14 +119,19 @@ def main(args: ArgsType = None) -> None:
         )
     except (InputError, MisconfigurationException, OSError) as error:
         # An OSError is a full disk, a folder without permission: the message names it.
-        leave(" ".join(str(error).split()))
+        leave(" ".join(str(error).split()), _children())
     except (RuntimeError, SafetensorError, CheckpointException) as error:
         unwritten, lost = failed_write(error), lost_rank(error)
         if unwritten is not None:
-            leave(f"a file cannot be written ({unwritten}); make room on the disk. {GO_ON}", alike=False)
+            leave(f"a file cannot be written ({unwritten}); make room on the disk. {GO_ON}", _children())
         if lost is None:
             raise
-        leave(f"another process of this job is gone ({lost}). {GO_ON}", alike=False)
+        leave(f"another process of this job is gone ({lost}). {GO_ON}", _children())
+
+
+def _children() -> list[Popen[Any]]:
+    """The processes of other ranks that this one has started."""
+    return getattr(MoECLI.launcher, "procs", [])
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:

@@ -97,7 +97,7 @@ def prepare_tuning(trainer: Trainer, model: MoECausalLM, recovery: Recovery) -> 
             f"--trainer.precision {trainer.precision}: the small steps of tuning vanish in 16 bits; give bf16-mixed."
         )
     if getattr(trainer.strategy, "quantize", None):
-        raise InputError("moe_fsdp: quantize is for score and search; tuning changes what would be packed.")
+        raise InputError("moe_fsdp: quantize is for what does not tune, which would change what is packed.")
     partly = recovery.kind == "router-kd" or recovery.train != "all"
     if model.dtype_name in ("bfloat16", "float16") and not (partly and trainer.precision == "bf16-mixed"):
         raise InputError(

@@ -31,6 +31,7 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import all_finite
 from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.ranks import check_shared
 from lightning_moe.moe.split_tensors import is_sharded, local
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.pruning.budget import Scope, make_plan
@@ -151,6 +152,7 @@ class Rounds:
         begun = len(self.records) + 1
         place = self._place(begun if "tuned" in self._part else begun - 1) / "model"
         self.model.attach(self.trainer)
+        check_shared(self.folder)
         if self.tuned or "tuned" in self._part:
             self.model.load(str(place))
             return

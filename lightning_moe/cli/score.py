@@ -26,6 +26,7 @@ from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, same_model
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.ranks import check_shared
 from lightning_moe.pruning.scores import score_experts, write_scores
 from lightning_moe.stats.store import VERSION, ModelStats, load_stats
 
@@ -93,6 +94,7 @@ def observe_into(
         return stored
     refuse_less_text(trainer, "limit_predict_batches")
     model.prepare(trainer)
+    check_shared(partial)
     check_vocabulary(model, data)
 
     def resume(batch: int) -> None:

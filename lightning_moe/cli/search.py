@@ -22,6 +22,7 @@ from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.files import write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
+from lightning_moe.moe.ranks import check_shared
 from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.scores import ExpertScores, write_scores
 from lightning_moe.search.diep import DiEPSearch
@@ -116,6 +117,7 @@ def run_search(
     calibration = data.calibration(shuffle_seed=seed)
     calibration.setup("fit")
     model.prepare(trainer)
+    check_shared(folder)
     check_vocabulary(model, calibration)
     module = DiEPSearch(model, seed=seed, **arguments)
     saves = StepSaves(folder, every_steps=SAVE_EVERY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
+
+from lightning_moe.files import put_in_place, remove
 
 
 class StepSaves(Checkpoint):
@@ -48,26 +49,16 @@ class StepSaves(Checkpoint):
         file = self.folder / f"step-{self._step}.ckpt"
         beside = file.with_suffix(".partial")
         if trainer.is_global_zero:
-            _remove(beside)  # of a save that was killed
+            remove(beside)  # of a save that was killed
         trainer.strategy.barrier()
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
-            if file.is_dir():  # which no other folder can take the place of
-                _remove(file)
-            beside.replace(file)
+            put_in_place(beside, file)
             for old in self.folder.glob("step-*.ckpt"):
                 if old != file:
-                    _remove(old)
+                    remove(old)
         trainer.strategy.barrier()
         self._time = time.monotonic()
-
-
-def _remove(save: Path) -> None:
-    """A file, or of a split model a folder; one that is not there is fine."""
-    if save.is_dir():
-        shutil.rmtree(save)
-    else:
-        save.unlink(missing_ok=True)
 
 
 def step_of(file: Path) -> int:

@@ -59,14 +59,19 @@ class TeacherCache:
 
     def write(self, window_B: Tensor, logits_BSV: Tensor) -> None:
         """Keep the most likely tokens of these windows; blank ones (below 0) are left out."""
-        ids, values = (np.lib.format.open_memmap(self.folder / name, "r+") for name in FILES)
         for window, logits_SV in zip(window_B.tolist(), logits_BSV, strict=True):
             if window >= 0:
                 top = logits_SV.float().log_softmax(-1).topk(self.shape[2], dim=-1)
-                ids[window] = top.indices.cpu().numpy()
-                values[window] = top.values.half().cpu().numpy()
-        ids.flush()
-        values.flush()
+                self._put("ids.npy", window, top.indices)
+                self._put("values.npy", window, top.values)
+
+    def _put(self, name: str, window: int, values_SC: Tensor) -> None:
+        """Write a row, and no page more: nodes share these files, and NFS writes mapped pages back as wholes."""
+        row = values_SC.cpu().numpy().astype(FILES[name])
+        start = np.lib.format.open_memmap(self.folder / name, "r").offset
+        with (self.folder / name).open("r+b") as file:
+            file.seek(start + window * row.nbytes)
+            file.write(row.tobytes())
 
     def read(self, window_B: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids ``(B, S, C)`` and log-probabilities of these windows, on the device of ``window_B``."""

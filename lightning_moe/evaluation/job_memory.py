@@ -161,6 +161,8 @@ class JobMemories:
             moments += memory.moments(step, not _only_forward(job) and number == len(passes) - 1, names[number])
         if job == "score":
             moments += [memory.observing(*self._observed(passes[0], batch)), memory.figures(figures)]
+        if tunes(job):
+            moments.append(memory.saving())
         return JobMemory(job, tuple(moments), memory.host_bytes)
 
     def weights(self, job: Job, setup: Setup) -> list[Weight]:

@@ -32,6 +32,7 @@ from functools import cached_property
 import torch
 
 from lightning_moe.moe.layer_passages import StepBytes
+from lightning_moe.moe.weight_shards import SHARD_BYTES
 from lightning_moe.moe.weights import Weight
 
 REDUCED_BYTES = 4
@@ -115,13 +116,28 @@ class RankMemory:
 
     @property
     def host_bytes(self) -> int:
-        """The CPU's memory that a rank on a GPU takes: what is offloaded, and what is on its way to the GPU."""
+        """The CPU's memory that rank 0 takes from a GPU: what is offloaded, and what is on its way there or to disk."""
         if not self.layout.gpu:
             return 0
         here = replace(self, layout=replace(self.layout, offload=False))
         offloaded = here.weight_bytes + here.gradient_bytes + here.optimizer_bytes
         offloaded -= self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return offloaded + (0 if self.layout.split else here.weight_bytes) + self.reading(made=True)
+        loading = (0 if self.layout.split else here.weight_bytes) + self.reading(made=True)
+        return offloaded + max(loading, self.saving_bytes, SHARD_BYTES if self.learns else 0)
+
+    @property
+    def saving_bytes(self) -> int:
+        """What the saves of a tuning take in the CPU's memory.
+
+        Of a split model what lies on a GPU is copied; of another the file is made in memory as a whole.
+        """
+        copied = self.layout.gpu or not self.layout.split
+        return self.weight_bytes + self.optimizer_bytes if self.learns and copied else 0
+
+    def saving(self) -> Moment:
+        """While a save of a tuning is written, where that takes the memory it computes in."""
+        transient = 0 if self.layout.gpu else self.saving_bytes
+        return self.moment("saving", transient=transient, gradients=self.gradient_bytes)
 
     def moment(self, at: str, activations: int = 0, transient: int = 0, gradients: int = 0) -> Moment:
         return Moment(at, self.weight_bytes, gradients, self.optimizer_bytes, activations, self.statistics, transient)

@@ -56,11 +56,18 @@ def quantise_experts(layer: MoELayer, kind: Quantisation) -> None:
 
 
 def _packed(bnb: Any, stack: Tensor, kind: Quantisation, block: int) -> tuple[Tensor, Any]:
-    if kind == "nf4":
-        packed, state = bnb.quantize_4bit(stack, blocksize=block, quant_type="nf4")
-        return packed, state
-    packed, state = bnb.quantize_blockwise(stack, blocksize=block)
-    return packed, state
+    """Packed bytes and scales of a stack, one expert after the other: on a CPU packing takes 14 bytes per weight."""
+    packed, scales, state = [], [], None
+    for expert in stack:
+        if kind == "nf4":
+            part, state = bnb.quantize_4bit(expert, blocksize=block, quant_type="nf4")
+        else:
+            part, state = bnb.quantize_blockwise(expert, blocksize=block)
+        packed.append(part.flatten())
+        scales.append(state.absmax)
+    assert state is not None
+    state.absmax, state.shape = torch.cat(scales), stack.shape
+    return torch.cat(packed), state
 
 
 def _unpacker(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, describe
 
 T = TypeVar("T")
 
@@ -80,14 +82,38 @@ def check_same(what: str, value: Any) -> None:
         )
 
 
+def check_shared(folder: Path) -> None:
+    """Raise ``InputError`` on all ranks unless they see the same folder; it is made if it is not there."""
+    if num_ranks() == 1:
+        return
+    file = folder / f".ranks-{gathered(uuid4().hex)[0]}"
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            file.touch()
+
+    on_all_ranks(write)
+    seen = gathered(file.exists())
+    if rank() == 0:
+        file.unlink()
+    if not all(seen):
+        raise InputError(
+            f"{folder}: rank {seen.index(False)} does not see what rank 0 writes there; give a folder that all nodes "
+            "share."
+        )
+
+
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """What ``work`` gives; refused on all ranks where one of them refuses it, lest the others wait for that one."""
-    result, problem = None, None
+    """What ``work`` gives; refused on all ranks where one of them fails, lest the others wait for that one."""
+    result, failure = None, None
     try:
         result = work()
-    except InputError as error:
-        problem = str(error)
-    problems = gathered(problem)
+    except Exception as error:
+        failure = error
+    problems = gathered(None if failure is None else describe(failure))
+    if failure is not None and not isinstance(failure, InputError):
+        raise failure
     for number, one in enumerate(problems):
         if one is not None:
             raise InputError(one if all(problems) or number == 0 else f"rank {number}: {one}")

@@ -25,10 +25,10 @@ from lightning_moe.moe.split_tensors import is_split
 class Sharding:
     """How a model is split.
 
-    Each decoder layer is gathered for its forward and again for its backward, all else (embedding, last norm, head)
-    stays gathered throughout a step. Stacks of experts are split over the experts where their number allows, else
-    along another dimension that divides, so that no rank holds less than another. Routers, norms and biases are on
-    every rank as a whole: pruning and rebalancing change them in place, and they weigh nothing.
+    Each decoder layer is gathered for its forward and again for its backward; all else (embedding, last norm, head) for
+    the forward of the whole model and again for its backward. Stacks of experts are split over the experts where their
+    number allows, else along another dimension that divides, so that no rank holds less than another. Routers, norms
+    and biases are on every rank as a whole: pruning and rebalancing change them in place, and they weigh nothing.
 
     Args:
         mesh: Of one dimension, or of two: replicas, and the ranks that a replica is split over.

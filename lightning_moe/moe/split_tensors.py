@@ -17,8 +17,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as a whole; of a split one every rank must ask, and each gets it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor as a whole; of a split one every rank must ask, and each gets it, where the model computes."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    device = tensor.device_mesh.device_type
+    # Offloaded ones come first: NCCL gathers nothing in the CPU's memory.
+    there: DTensor = tensor if tensor.device.type == device else tensor.to(device)  # type: ignore[assignment]
+    return there.full_tensor()
 
 
 def local(tensor: Tensor) -> Tensor:

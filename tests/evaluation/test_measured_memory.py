@@ -84,7 +84,7 @@ def arguments(job: Job, model: Path, text: Path, out: Path, ranks: int) -> list[
     args += ["--trainer.strategy", "moe_fsdp", "--trainer.devices", ranks] if ranks > 1 else []
     if job == "tune all":
         args = ["fit", *args, "--trainer.max_steps", 2, "--trainer.logger", "false"]
-        args += ["--trainer.enable_checkpointing", "false", "--trainer.enable_model_summary", "false"]
+        args += ["--trainer.default_root_dir", out, "--trainer.enable_model_summary", "false"]
     else:
         args = [job, *args, "--out", out / job, *(["--updates", 2] if job == "search" else [])]
     return list(map(str, args))
