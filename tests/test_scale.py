@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -137,14 +138,42 @@ def on_the_reference_model(out: Path) -> Sequence[str]:
     )
 
 
+def beside_python() -> dict[str, str]:
+    """The environment in which torchrun is found."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.scale
+def test_two_nodes(tmp_path: Path) -> None:
+    """Both on this machine, of one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        settings = {"HEAD": f"127.0.0.1:{free.getsockname()[1]}", "NODES": "2"}
+    script = [str(ROOT / "scripts" / "torchrun_nodes.sh"), "1", *on_the_reference_model(tmp_path)]
+    nodes = [subprocess.Popen(script, stderr=subprocess.PIPE, text=True, env=beside_python() | settings) for _ in "12"]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert json.loads((tmp_path / "evaluate.json").read_text())["world_size"] == 2
+
+
+def test_slurm_is_told_the_size_of_the_job(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "3", "SLURM_JOB_ID": "7"}
+    environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", str(ROOT / "scripts" / "slurm.sbatch"), "prune", "--out", "runs/a"]
+    said = subprocess.run(script, capture_output=True, text=True, env=environment, check=True).stdout
+    command = ".venv/bin/python train.py prune --out runs/a --trainer.devices 4 --trainer.num_nodes 3"
+    assert said == f"--kill-on-bad-exit=1 {command}\n"
+
+
 @pytest.mark.slow
 def test_launchers(tmp_path: Path) -> None:
     """By torchrun's script and by Lightning itself, two processes each."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     script = [str(ROOT / "scripts" / "torchrun_one_node.sh"), "2", *on_the_reference_model(tmp_path / "torchrun")]
     alone = [sys.executable, str(ROOT / "train.py"), *on_the_reference_model(tmp_path / "lightning")]
     for command in (script, [*alone, "--trainer.devices", "2"]):
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        run = subprocess.run(command, capture_output=True, text=True, env=beside_python())
         assert run.returncode == 0, run.stderr
     one, two = (json.loads((tmp_path / how / "evaluate.json").read_text()) for how in ("torchrun", "lightning"))
     assert one["world_size"] == two["world_size"] == 2

@@ -118,6 +118,10 @@ def test_goes_on_from_a_checkpoint(runs: Runs, how: str) -> None:
     assert weights_differ(resumed, whole) < 1e-6
 
 
+def test_a_save_that_fails_half_way_leaves_the_older_one(runs: Runs) -> None:
+    assert weights_differ(runs.two["interrupted"], runs.two["two epochs"]) < 1e-6
+
+
 def test_goes_on_from_one_process(runs: Runs) -> None:
     """Which knew nothing of us, with tied weights under two names."""
     assert len(runs.two["resumed, one"]["losses"]) == 2
@@ -131,7 +135,7 @@ def test_one_process_goes_on_from_two(runs: Runs) -> None:
         same_fit(back[full], runs.one["two epochs"])
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_replicas(runs: Runs) -> None:
     """Four processes, of which two and two hold the model."""
     four = run("four", runs.folder, 4)

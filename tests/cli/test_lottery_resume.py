@@ -25,6 +25,7 @@ from lightning_moe.modules.router_distillation import RouterDistillation
 from lightning_moe.search.presets import PRESETS
 from tests.helpers.checkpoint import Commands, contents, edited_copy, read, write_text
 from tests.helpers.processes import train_py
+from tests.helpers.thinning import thinned
 
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 SEQ_LEN = 16
@@ -246,7 +247,7 @@ MOMENTS: list[tuple[str, str, int, int, int]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "where", "call", "tuned", "observed"), MOMENTS)
+@pytest.mark.parametrize(("name", "where", "call", "tuned", "observed"), thinned(MOMENTS, 3))
 def test_killed_it_goes_on_as_if_nothing_had_been(
     run: Commands,
     whole: Whole,
@@ -273,19 +274,22 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.parametrize(
     ("where", "call", "tuned", "observed"),
-    [
-        (CHECKPOINT, 1, 0, 4),  # a save is written, but has no name yet
-        (CHECKPOINT, 4, 3, 8),
-        (WRITE_MODEL, 1, 2, 4),  # a model is written, but has no name yet
-        (WRITE_MODEL, 2, 6, 8),
-        (WRITE_MODEL, 3, 6, 8),
-        (SAVE, 1, 2, 4),
-        (PART, 4, 2, 4),
-        (RECORDS, 1, 2, 4),
-        (RECORDS, 2, 6, 8),
-        (EXPORT, 1, 6, 8),
-        (PLAN, 1, 6, 8),
-    ],
+    thinned(
+        [
+            (CHECKPOINT, 1, 0, 4),  # a save is written, but has no name yet
+            (CHECKPOINT, 4, 3, 8),
+            (WRITE_MODEL, 1, 2, 4),  # a model is written, but has no name yet
+            (WRITE_MODEL, 2, 6, 8),
+            (WRITE_MODEL, 3, 6, 8),
+            (SAVE, 1, 2, 4),
+            (PART, 4, 2, 4),
+            (RECORDS, 1, 2, 4),
+            (RECORDS, 2, 6, 8),
+            (EXPORT, 1, 6, 8),
+            (PLAN, 1, 6, 8),
+        ],
+        3,
+    ),
 )
 def test_killed_right_after(
     run: Commands,
@@ -307,7 +311,7 @@ def test_killed_right_after(
     assert rest.observed == work.observed - observed
 
 
-@pytest.mark.parametrize("call", [2, 3, 4, 5, 6, 9, 11, 18])
+@pytest.mark.parametrize("call", thinned([2, 3, 4, 5, 6, 9, 11, 18], 3))
 def test_killed_amid_epochs(
     run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path, call: int
 ) -> None:
@@ -322,7 +326,7 @@ def test_killed_amid_epochs(
     assert rest.tuned == work.tuned[done - (done % 3 == 1) :]
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("call", thinned([1, 2, 3, 5, 6], 3))
 def test_killed_in_a_search(
     run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path, call: int
 ) -> None:
@@ -339,12 +343,15 @@ def test_killed_in_a_search(
 
 @pytest.mark.parametrize(
     ("name", "where", "calls"),
-    [
-        ("lottery", STEP, (2, 3, 5)),
-        ("accumulated", STEP, (4, 8)),
-        ("many epochs", STEP, (3, 4, 5, 6, 9)),  # the third batch ends an epoch
-        ("router-kd", KD_STEP, (2, 5)),
-    ],
+    thinned(
+        [
+            ("lottery", STEP, (2, 3, 5)),
+            ("accumulated", STEP, (4, 8)),
+            ("many epochs", STEP, (3, 4, 5, 6, 9)),  # the third batch ends an epoch
+            ("router-kd", KD_STEP, (2, 5)),
+        ],
+        2,
+    ),
 )
 def test_killed_with_dropout(
     run: Commands, checkpoint: Path, text: Path, tmp_path: Path, name: str, where: str, calls: tuple[int, ...]
@@ -364,7 +371,7 @@ def test_killed_with_dropout(
         assert_ends_alike(tmp_path / str(call), tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("where", "call"), [(STEP, 2), (PART, 2), (OBSERVE, 5)])
+@pytest.mark.parametrize(("where", "call"), thinned([(STEP, 2), (PART, 2), (OBSERVE, 5)], 2))
 def test_killed_again_and_again(
     run: Commands, whole: Whole, checkpoint: Path, text: Path, tmp_path: Path, where: str, call: int
 ) -> None:
@@ -444,7 +451,7 @@ def kill_when(found: Callable[[], bool], wait: float, *args: object) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", thinned([0, 1], 2))
 def test_sigkill(run: Commands, checkpoint: Path, text: Path, tmp_path: Path, seed: int) -> None:
     """Three kills in one folder, at about these moments."""
     torch.set_num_threads(1)
@@ -463,7 +470,7 @@ def test_sigkill(run: Commands, checkpoint: Path, text: Path, tmp_path: Path, se
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lottery", "global", "router-kd"])
+@pytest.mark.parametrize("name", thinned(["lottery", "global", "router-kd"], 3))
 def test_two_ranks_keep_what_one_with_batches_twice_as_large_keeps(
     run: Commands, checkpoint: Path, text: Path, tmp_path: Path, name: str
 ) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import model_parallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -285,6 +286,26 @@ def refusals(run: Callable[..., Run], parts: Path, file: Path) -> dict[str, list
     return found
 
 
+def interrupted(run: Callable[[], Run], file: Path) -> dict[str, Any]:
+    """A save that fails half-way, in the place of an older one: that one is still whole."""
+    copy, stock = file.with_name("again.ckpt"), model_parallel._distributed_checkpoint_save
+
+    def half(state: Any, path: Path) -> None:
+        stock(state, path)
+        raise OSError("no room")
+
+    if rank() == 0:
+        shutil.copytree(file, copy)
+    model_parallel._distributed_checkpoint_save = half
+    try:
+        one = run()
+        one.trainer.callbacks.append(Stop(copy))  # type: ignore[attr-defined]
+        assert refused(lambda: one.fit(Foreign(), steps=1))[0] == ["OSError", "no room"]
+    finally:
+        model_parallel._distributed_checkpoint_save = stock
+    return figures(run().fit(Foreign(), copy, steps=2))
+
+
 def fits(run: Callable[..., Run], folder: Path) -> dict[str, Any]:
     """What any number of processes does alike."""
     return {
@@ -317,6 +338,7 @@ def checkpoints(run: Callable[..., Run], split: Callable[..., Any], folder: Path
     run(split(), callbacks=[keeper], enable_checkpointing=True, max_epochs=1).fit(Foreign(), steps=2)
     found["resumed, kept"] = figures(run(split()).fit(Foreign(), folder / "kept" / "last.ckpt", steps=2))
     found["resumed, one"] = figures(run(split()).fit(Foreign(tie_word_embeddings=True), folder / "one.ckpt", steps=2))
+    found["interrupted"] = interrupted(lambda: run(split()), folder / "full-False.ckpt")
     found["refused"] = refusals(lambda: run(split()), folder / "full-False.ckpt", folder / "full-True.ckpt")
     found["refused"]["precision"] = refused(lambda: run(split(), precision="16-true").fit(Foreign()))
     found["refused"]["replicas"] = refused(lambda: run(split(replicas=3)).fit(Foreign()))

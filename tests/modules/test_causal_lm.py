@@ -28,6 +28,7 @@ from lightning_moe.stats.layer_stats import TENSORS
 from lightning_moe.stats.store import load_stats
 from tests.helpers.checkpoint import VOCAB, read, write_text
 from tests.helpers.families import tiny_batch, tiny_model
+from tests.helpers.thinning import thinned
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -388,7 +389,7 @@ def on_two_ranks(*args: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["evaluate", "score"])
+@pytest.mark.parametrize("job", thinned(["score", "evaluate"], 2))
 def test_two_ranks_equal_one(checkpoint: Path, text: Path, tmp_path: Path, job: str) -> None:
     """11 windows over 2 ranks with 2 each: the last step has blanks, the second rank never sees some domain's end."""
     data = ["--data.path", text, "--data.seq_len", 16, "--data.samples", 11, "--data.batch_size", 2]

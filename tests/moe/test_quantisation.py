@@ -157,7 +157,7 @@ def test_split_over_two(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, *checks, no_export)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_split_over_three(tmp_path: Path) -> None:
     """Packed bytes, of which 8 experts have a power of two, divide by no dimension."""
     on_ranks(3, tmp_path, *(partial(split_as_one, kind) for kind in BITS))

@@ -17,7 +17,7 @@ from lightning_moe.moe.checkpoints import load_model, save_model
 from lightning_moe.moe.decoding import decode
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import stacked_parameters
-from lightning_moe.moe.ranks import check_same, gathered, on_all_ranks, rank
+from lightning_moe.moe.ranks import check_same, check_shared, gathered, on_all_ranks, rank
 from lightning_moe.moe.sharded_loading import load_sharded
 from lightning_moe.moe.sharding import Sharding, decoder_layers
 from lightning_moe.moe.split_tensors import is_sharded, is_split, local
@@ -249,6 +249,17 @@ def one_speaks_for_all(folder: Path, sharding: Sharding) -> None:
     with pytest.raises(InputError, match="rank 1: no such file"):
         on_all_ranks(refuses)
     assert on_all_ranks(lambda: 5) == 5
+
+    def breaks() -> None:
+        if rank() == 1:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError if rank() == 1 else InputError, match="the disk is gone"):
+        on_all_ranks(breaks)
+    check_shared(folder / "new" / "shared")
+    assert not list((folder / "new" / "shared").iterdir())
+    with pytest.raises(InputError, match="rank 1 does not see what rank 0 writes there; give a folder that all nodes"):
+        check_shared(folder / f"of-{rank()}")
     check_same("the text", "same")
     with pytest.raises(InputError, match="the text: rank 0 has 0, rank 1 has 1"):
         check_same("the text", rank())
@@ -274,7 +285,7 @@ def test_on_three(tmp_path: Path) -> None:
     on_ranks(3, tmp_path, *checks)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_replicas(tmp_path: Path) -> None:
     checks = (partial(family, "mixtral"), layers_of_unlike_size, learns_in_step, tied_embeddings)
     on_ranks(4, tmp_path, *checks, replicas=2)
