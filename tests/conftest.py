@@ -14,11 +14,14 @@ import pytest
 import transformers
 from hypothesis import settings
 
+from lightning_moe.cli.plugins import load_plugins
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 settings.register_profile("laws", deadline=None, derandomize=True, database=None)  # the same examples every time
 settings.load_profile("laws")
+load_plugins()  # whose criteria obey the same laws
 
 
 @pytest.fixture(autouse=True)

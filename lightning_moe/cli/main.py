@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_moe.cli.cluster import Cluster
 from lightning_moe.cli.leaving import GO_ON, failed_write, leave, lost_rank
+from lightning_moe.cli.plugins import load_plugins
 from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
@@ -106,6 +107,7 @@ def main(args: ArgsType = None) -> None:
     if isinstance(args, list):
         args = ["--overwrite=true" if _bare(args, place) else word for place, word in enumerate(args)]
     try:
+        load_plugins()
         MoECLI(
             MoECausalLM,
             TextDataModule,

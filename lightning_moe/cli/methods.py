@@ -187,8 +187,19 @@ def _of_preset(preset_name: str) -> Method:
 
 
 def methods() -> list[Method]:
-    """All methods: every criterion, and the searches."""
-    return [_of_criterion(criterion) for criterion in criteria()] + [_of_preset(name) for name in PRESETS]
+    """All methods: every criterion, the searches, and those of plugins."""
+    ours = [_of_criterion(criterion) for criterion in criteria()] + [_of_preset(name) for name in PRESETS]
+    return ours + _REGISTERED
+
+
+_REGISTERED: list[Method] = []
+
+
+def register_method(method: Method) -> None:
+    """Let all commands know a method of your own. Raises ``InputError`` for a name that is taken."""
+    if any(one.name == method.name for one in methods()):
+        raise InputError(f"two methods named {method.name!r}; give the second another name.")
+    _REGISTERED.append(method)
 
 
 def get_method(name: str) -> Method:

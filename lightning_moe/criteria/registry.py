@@ -44,12 +44,13 @@ _CRITERIA: dict[str, Criterion] = {}
 
 
 def _add(criterion: Criterion) -> None:
-    assert criterion.name not in _CRITERIA, f"two criteria named {criterion.name}"
+    if criterion.name in _CRITERIA:
+        raise InputError(f"two criteria named {criterion.name!r}; give the second another name.")
     _CRITERIA[criterion.name] = criterion
 
 
 def _summary(function: Callable[..., Tensor]) -> str:
-    return (function.__doc__ or "").strip().splitlines()[0]
+    return (function.__doc__ or "").strip().partition("\n")[0]
 
 
 def register(

@@ -9,6 +9,7 @@ import statistics
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
 from lightning_moe.cli import compare, methods
+from lightning_moe.cli.grid import Cell
 from lightning_moe.cli.methods import Job, Method, get_method
 from lightning_moe.criteria import criteria
 from lightning_moe.modules import causal_lm
@@ -311,6 +313,21 @@ def test_one_failing_method_leaves_the_others_and_is_tried_again(
     assert comparison.measured == 2
     assert calls == [0, 0]
     assert all(row["status"] == "done" for row in comparison.cells().values())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_one_rank_alone_may_suffer_ends_the_job_of_several(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait for it within the cell."""
+    comparison = object.__new__(compare.Comparison)
+    comparison.trainer = SimpleNamespace(world_size=ranks)  # type: ignore[assignment]
+    comparison._cells = SimpleNamespace(put=lambda name, row: row)  # type: ignore[assignment]
+    monkeypatch.setattr(comparison, "_measured", lambda cell: (_ for _ in ()).throw(OSError("disk full")))
+    cell = Cell(get_method("ean"), "layer", 0.5, None)
+    if ranks == 1:
+        assert comparison._computed(cell)["reason"] == "OSError: disk full"
+    else:
+        with pytest.raises(OSError, match="disk full"):
+            comparison._computed(cell)
 
 
 def test_a_ratio_that_cannot_be_is_one_failed_cell(comparison: Compare) -> None:
