@@ -184,7 +184,7 @@ def _of_criterion(criterion: Criterion) -> Method:
 
 def _of_merging(name: str, summary: str, scored: Callable[[ModelStats], ExpertScores], rule: MergeRule) -> Method:
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
-        return replace(scored(job.stats), method=name)
+        return replace(scored(job.stats), method=name, settings={})  # of its own it has none
 
     return Method(name, summary, scores, stable_ranks=False, merge=rule)
 
