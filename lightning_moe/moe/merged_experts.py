@@ -119,20 +119,17 @@ def merged_tensor(own: Tensor, joined: Iterable[tuple[Tensor, float]]) -> Tensor
 
 
 def merged_row(own: Tensor, joined: Iterable[tuple[Tensor, float]]) -> Tensor:
-    """``merged_tensor`` of rows of the router, as long as its members' rows are on the same average.
+    """``merged_tensor`` of rows of the router, as long as the kept expert's own.
 
     A mean of rows that point different ways is short, and its small logits would lose the group's tokens to others. A
     bias, which is one number per expert, has no direction and is only averaged.
     """
-    others = list(joined)
-    mean = merged_tensor(own.to(torch.promote_types(own.dtype, torch.float32)), others)
-    if own.numel() == 1:
-        return mean.to(own.dtype)
-    length = own.to(mean.dtype).norm()
-    # Written so that equal rows give that row, exactly.
-    length = length + sum((other.to(mean.dtype).norm() - length) * weight for other, weight in others)
-    short = mean.norm()
-    return (mean * (length / short) if short else mean).to(own.dtype)
+    exact = own.to(torch.promote_types(own.dtype, torch.float32))
+    mean = merged_tensor(exact, joined)
+    length = mean.norm()
+    if own.numel() > 1 and length:
+        mean *= exact.norm() / length
+    return mean.to(own.dtype)
 
 
 def as_it_is(kept: int, other: int, tensor: Tensor) -> Tensor:

@@ -109,10 +109,11 @@ def load_plan(file: Path) -> PruningPlan:
 
 def _read_merge(file: Path, value: Mapping[str, Any]) -> Merge:
     """What a plan says of merging, the ids as numbers; JSON has them as words."""
+    stored = value.get("merge")
     try:
         groups = {
             name: {int(kept): {int(i): weight for i, weight in group.items()} for kept, group in layer.items()}
-            for name, layer in (value.get("merge") or {}).items()
+            for name, layer in ({} if stored is None else stored).items()
         }
     except (AttributeError, ValueError) as error:
         raise InputError(

@@ -211,9 +211,7 @@ def test_a_method_that_merges(
     assert refused.code == 2 and len(refused.err.splitlines()) == 1 and "in one cut" in refused.err
 
 
-def test_older_statistics_lack_what_m_smoe_needs(
-    run: Commands, checkpoint: Path, scored: Path, tmp_path: Path
-) -> None:
+def test_older_statistics_lack_what_m_smoe_needs(run: Commands, checkpoint: Path, scored: Path, tmp_path: Path) -> None:
     """Criteria and the other methods go on with them."""
     tensors = load_file(scored / "stats.safetensors")
     with safe_open(scored / "stats.safetensors", "pt") as file:

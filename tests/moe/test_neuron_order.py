@@ -110,7 +110,7 @@ def test_however_it_is_stored_a_neuron_is_the_same() -> None:
 
 @every_family
 def test_the_router_s_rows_are_averaged(family: str) -> None:
-    """Their mean, as long as they are on average; what is one number per expert is only averaged."""
+    """Their mean, as long as the kept one; what is one number per expert is only averaged."""
     model = tiny_model(family)
     keep = non_uniform_plan(model)
     merge = some_merge(keep, router="mean")
@@ -126,7 +126,7 @@ def test_the_router_s_rows_are_averaged(family: str) -> None:
                 assert torch.equal(rows[place], old[place])
                 continue
             mean = sum(weight * full.router_weight[i].double() for i, weight in group.items())
-            length = sum(weight * float(full.router_weight[i].double().norm()) for i, weight in group.items())
+            length = full.router_weight[kept].double().norm()
             torch.testing.assert_close(rows[place].double(), mean * length / mean.norm(), rtol=1e-5, atol=1e-6)
             for whole, cut_bias in biases:
                 expected = sum(weight * float(whole.flatten()[i]) for i, weight in group.items())
@@ -135,9 +135,9 @@ def test_the_router_s_rows_are_averaged(family: str) -> None:
 
 
 def test_rows_by_hand() -> None:
-    """The mean of (3, 0) and (0, 4) by 1/2 is (1.5, 2), 2.5 long; they are 3.5 long on average."""
+    """The mean of (3, 0) and (0, 4) by 1/2 is (1.5, 2), 2.5 long, and becomes 3 long."""
     own = torch.tensor([3.0, 0.0])
-    assert merged_row(own, [(torch.tensor([0.0, 4.0]), 0.5)]).tolist() == pytest.approx([2.1, 2.8])
+    assert merged_row(own, [(torch.tensor([0.0, 4.0]), 0.5)]).tolist() == pytest.approx([1.8, 2.4])
     assert torch.equal(merged_row(own, [(own.clone(), 0.3), (own.clone(), 0.1)]), own)
     assert merged_row(own, [(-own, 0.5)]).tolist() == [0, 0]
     assert merged_row(torch.tensor(1.0), [(torch.tensor(-3.0), 0.5)]).item() == -1

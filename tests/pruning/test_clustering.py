@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_joining_equals_a_slow_reference(groups: int, within: int, seed: int) ->
         clusters = {expert: {expert} for expert in range(groups * within)}
         for first in range(0, groups * within, within):
             own = [step for step in steps if step.kept // within == first // within]
-            assert all(one.height <= other.height + 1e-12 for one, other in zip(own, own[1:], strict=False))
+            assert all(one.height <= other.height + 1e-12 for one, other in pairwise(own))
             for step in own[: within - count]:
                 clusters[step.kept] |= clusters.pop(step.gone)
         expected = reference.clusters(unlike_EE.tolist(), count, within)
@@ -111,5 +112,3 @@ def test_by_hand() -> None:
     steps = join_all(unlike, [4, 2, 1, 3], 4)
     assert [(step.kept, step.gone) for step in steps] == [(0, 1), (3, 2), (0, 3)]
     assert [step.height for step in steps] == pytest.approx([0.1, 0.2, 0.65])
-
-
