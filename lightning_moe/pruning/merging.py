@@ -35,9 +35,9 @@ def merge_dominant(stats: ModelStats, keep: Keep) -> Merge:
 
     The paper's merged model keeps all rows of the router; ours is smaller, so each group needs one row. Measured for
     this method on 48 windows of validation text, on the two reference models (Mixtral at 25, 50, 75%, fine-grained at
-    25, 50%), the perplexity is 96.9, 402, 1495, 58.6, 110 with the kept expert's row, 86.5, 397, 1408, 56.7, 121 with the mean by use,
-    about the same with an equal mean or one by routing probability, and 78.7, 358, 1311, 53.4, 106 with that mean
-    stretched to the length of the kept row. So it is stretched, see ``merged_row``.
+    25, 50%), the perplexity is 96.9, 402, 1495, 58.6, 110 with the kept expert's row; 86.5, 397, 1408, 56.7, 121 with
+    the mean by use, and about that with an equal mean or one by routing probability; 78.7, 358, 1311, 53.4, 106 with
+    the mean by use stretched to the length of the kept row. That is what ``merged_row`` does.
     """
     groups = {}
     for one in stats.layers:

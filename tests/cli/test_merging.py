@@ -207,8 +207,12 @@ def test_a_method_that_merges(
     measured = read(tmp_path / "measured" / "evaluate.json")["perplexity"]
     assert cells["layer"]["perplexity"] == pytest.approx(measured, rel=1e-5)
 
-    refused = run(*args, "--strategies", "[one-shot,iterative]")
-    assert refused.code == 2 and len(refused.err.splitlines()) == 1 and "in one cut" in refused.err
+    for also, told in (
+        (["--strategies", "[one-shot,iterative]"], "in one cut"),
+        (["--trainer.strategy", "moe_fsdp"], "moe_fsdp splits"),
+    ):
+        refused = run(*args, *also)
+        assert refused.code == 2 and len(refused.err.splitlines()) == 1 and told in refused.err
 
 
 def test_older_statistics_lack_what_m_smoe_needs(run: Commands, checkpoint: Path, scored: Path, tmp_path: Path) -> None:
