@@ -109,6 +109,7 @@ def test_however_it_is_stored_a_neuron_is_the_same() -> None:
 
 
 @every_family
+@torch.no_grad()
 def test_the_router_s_rows_are_averaged(family: str) -> None:
     """Their mean, as long as the kept one; what is one number per expert is only averaged."""
     model = tiny_model(family)
