@@ -34,6 +34,7 @@ from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.merged_experts import NO_MERGE, Merge
 from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.schedule import check_rounds
 from lightning_moe.pruning.scores import ExpertScores
@@ -41,6 +42,7 @@ from lightning_moe.report.agreement import write_agreements
 from lightning_moe.report.comparison import FULL, spreads, with_gaps, write_csv
 from lightning_moe.report.comparison_table import show_comparison
 from lightning_moe.stats.store import ModelStats
+from lightning_moe.strategies import MoEFSDPStrategy
 
 OBSERVATION = "observation"
 """The record that says how long the shared pass took."""
@@ -65,6 +67,12 @@ def compare(
         refuse_less_text(trainer, option)
     options = options or RoundOptions()
     options.check()
+    merging = sorted({cell.method_name for cell in grid if cell.method is not None and cell.method.merge is not None})
+    if merging and isinstance(trainer.strategy, MoEFSDPStrategy):
+        raise InputError(
+            f"--methods: {' and '.join(merging)} merge experts, which cannot be done in memory where moe_fsdp splits "
+            "the model; compare them on one device, or `prune` by them, which merges on disk, and `evaluate`."
+        )
     for cell in grid:
         if cell.schedule is not None and cell.method is not None:
             check_rounds(shapes, cell.schedule, cell.scope)
@@ -234,11 +242,14 @@ class Comparison:
         scores, seconds = self._scored(cell)
         plan = make_plan(scores, cell.ratio, cell.scope)
         figures = {"method_seconds": seconds, "comparable": scores.comparable, "made_by": plan.made_by}
-        return self._figures(plan.keep) | figures
+        if cell.method is None or cell.method.merge is None:
+            return self._figures(plan.keep) | figures
+        merge = cell.method.merge(self.job.stats, plan.keep)
+        return self._figures(plan.keep, merge) | figures | {"merge": merge.groups, **merge.settings}
 
-    def _figures(self, keep: dict[str, list[int]]) -> dict[str, Any]:
-        """What the model is worth with only these experts."""
-        with self.job.cut_model(keep) as model:
+    def _figures(self, keep: dict[str, list[int]], merge: Merge = NO_MERGE) -> dict[str, Any]:
+        """What the model is worth with only these experts, others merged into them."""
+        with self.job.cut_model(keep, merge) as model:
             figures = measure(self.trainer, model, self.validation)
         return {**figures, "method_seconds": None} | derived_figures(figures, keep, self.path, self.shapes)
 

@@ -34,10 +34,11 @@ class Cut:
     floor: int | None = None
 
     def asked(self) -> dict[str, Any]:
-        method = get_method(self.method)
-        if method.needs_text and self.direction is not None:
-            raise InputError(f"--direction {self.direction}: {self.method} is a search, no criterion; leave it out.")
-        direction = None if method.needs_text else self.direction or get_criterion(self.method).direction
+        method, direction = get_method(self.method), self.direction
+        if method.criterion:
+            direction = direction or get_criterion(self.method).direction
+        elif direction is not None:
+            raise InputError(f"--direction {direction}: {self.method} is no criterion; leave it out.")
         return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
 
 

@@ -120,6 +120,12 @@ def make_grid(
         raise InputError(f"--finetune_tokens {options.tokens}: none of --strategies {list(strategies)} tunes.")
     if options.rounds != 1 and chosen_strategies == ["one-shot"]:
         raise InputError(f"--rounds {options.rounds}: --strategies {list(strategies)} has but one cut.")
+    merging = [method.name for method in chosen if method.merge is not None]
+    if merging and chosen_strategies != ["one-shot"]:
+        raise InputError(
+            f"--methods: {' and '.join(merging)} merge experts, which is done in one cut: compare them by --strategies "
+            "'[one-shot]', in the same --out if you like."
+        )
     plans = {name: _schedules(name, ratios, options) for name in chosen_strategies}
     all_seeds = list(range(first_seed, first_seed + seeds))
     cells = [

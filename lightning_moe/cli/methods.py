@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -20,9 +20,12 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe, did_you_mean
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import model_id
+from lightning_moe.moe.merged_experts import NO_MERGE, Merge
 from lightning_moe.moe.routing import mask_plan
 from lightning_moe.moe.split_tensors import is_sharded
 from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.pruning.clustering import cluster_scores, merge_clusters
+from lightning_moe.pruning.merging import merge_dominant
 from lightning_moe.pruning.scores import ExpertScores, score_experts
 from lightning_moe.search.presets import PRESETS, method_of
 from lightning_moe.stats.store import ModelStats
@@ -82,18 +85,19 @@ class Job:
         return self._stats
 
     @contextmanager
-    def cut_model(self, keep: Mapping[str, Sequence[int]]) -> Iterator[MoECausalLM]:
+    def cut_model(self, keep: Mapping[str, Sequence[int]], merge: Merge = NO_MERGE) -> Iterator[MoECausalLM]:
         """The model with only these experts, in memory; whoever asks for ``model`` next gets a whole one.
 
-        Where it is split over ranks the others are masked, which gives the same.
+        Where it is split over ranks the others are masked, which gives the same; they cannot be merged there.
         """
         model = self.model
         if is_sharded(model.network):
+            assert not merge.groups, "refused before the model was split"
             with mask_plan(model.moe_layers, keep):
                 yield model
             return
         self._cut = bool(keep)
-        keep_experts(model.network, keep)
+        keep_experts(model.network, keep, merge)
         yield model
 
     def whole_model_to_change(self) -> MoECausalLM:
@@ -122,6 +126,10 @@ Scoring = Callable[[Job, float | None, int, Path], ExpertScores]
 """``(job, ratio, seed, folder) -> scores``; ``folder`` is its own, for unfinished work, removed when it succeeds."""
 
 
+MergeRule = Callable[[ModelStats, Mapping[str, Sequence[int]]], Merge]
+"""``(statistics, kept experts) -> merge``: what becomes of the dropped ones."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A named way to score experts."""
@@ -140,6 +148,10 @@ class Method:
     """Whether it may look at the stable ranks of the weights, which are dear."""
     per_ratio: bool = False
     """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes."""
+    criterion: bool = False
+    """Whether it is a criterion, which can be turned round: drop the most in place of the least."""
+    merge: MergeRule | None = None
+    """What it does with the experts it does not keep; None drops them. It is done in one cut, not in rounds."""
 
     @property
     def file_name(self) -> str:
@@ -165,7 +177,30 @@ def _of_criterion(criterion: Criterion) -> Method:
         return score_experts(job.stats, criterion.name, seed=seed)
 
     seeded = criterion.name == "random"
-    return Method(criterion.name, criterion.summary, scores, seeded, stable_ranks=criterion.stable_ranks)
+    return Method(
+        criterion.name, criterion.summary, scores, seeded, stable_ranks=criterion.stable_ranks, criterion=True
+    )
+
+
+def _of_merging(name: str, summary: str, scored: Callable[[ModelStats], ExpertScores], rule: MergeRule) -> Method:
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        return replace(scored(job.stats), method=name, settings={})  # of its own it has none
+
+    return Method(name, summary, scores, stable_ranks=False, merge=rule)
+
+
+def _merging_methods() -> list[Method]:
+    return [
+        _of_merging(
+            "m-smoe",
+            "M-SMoE: merges each little used expert into the dominant one with the most similar router logits.",
+            lambda stats: score_experts(stats, "euf"),
+            merge_dominant,
+        ),
+        _of_merging(
+            "s-smoe", "S-SMoE: merges groups of experts that are alike by CKA.", cluster_scores, merge_clusters
+        ),
+    ]
 
 
 def _of_preset(preset_name: str) -> Method:
@@ -187,9 +222,13 @@ def _of_preset(preset_name: str) -> Method:
 
 
 def methods() -> list[Method]:
-    """All methods: every criterion, the searches, and those of plugins."""
-    ours = [_of_criterion(criterion) for criterion in criteria()] + [_of_preset(name) for name in PRESETS]
-    return ours + _REGISTERED
+    """All methods: every criterion, what merges, the searches, and those of plugins."""
+    return [
+        *(_of_criterion(criterion) for criterion in criteria()),
+        *_merging_methods(),
+        *(_of_preset(name) for name in PRESETS),
+        *_REGISTERED,
+    ]
 
 
 _REGISTERED: list[Method] = []

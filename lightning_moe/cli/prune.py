@@ -22,10 +22,9 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
 from lightning_moe.pruning.budget import check_ratio, make_plan
-from lightning_moe.pruning.merging import merge_groups
+from lightning_moe.pruning.merging import merge_alike
 from lightning_moe.pruning.plan import PruningPlan, load_plan
 from lightning_moe.pruning.scores import ExpertScores, load_scores, score_experts, write_scores
-from lightning_moe.stats.similarity import measured_pairs, similarity
 from lightning_moe.stats.store import ModelStats
 
 
@@ -45,7 +44,7 @@ def prune(
     """Write plan.json and model/, and what led to them. One of text, statistics, scores or plan is the source.
 
     Text and statistics also give the model its skip tables; ``skipping`` says whether it uses them. ``merge`` averages
-    dropped experts into kept ones; a plan says by itself whether it does.
+    dropped experts into kept ones, whatever the method; a method or a plan may say so by itself.
     """
     path = model_path(model)
     sources = {"--data.path": data.path, "--stats": stats_file, "--scores": scores_file, "--plan": plan_file}
@@ -55,6 +54,9 @@ def prune(
             f"prune works from one of --data.path, --stats, --scores or --plan; given: {' and '.join(given) or 'none'}."
         )
     method = get_method(cut.method)
+    if merge and method.merge is not None:
+        raise InputError(f"--merge: {cut.method} merges as it is; leave it out.")
+    rule = merge_alike if merge else method.merge
     if method.needs_text and stats_file is not None:
         raise InputError(f"--stats {stats_file}: {cut.method} searches on the text itself; give --data.path instead.")
     shapes, asked_of = layer_shapes(path), asked_model(trainer, model)
@@ -62,7 +64,7 @@ def prune(
     plan: PruningPlan | None = None
     stats: ModelStats | None = None
     scores: list[ExpertScores] = []
-    if merge and scores_file is not None:
+    if rule is not None and scores_file is not None:
         raise InputError(f"--scores {scores_file}: merging needs statistics; give --data.path or --stats instead.")
     if plan_file is not None:
         if cut != Cut() or merge:
@@ -78,7 +80,8 @@ def prune(
         # It may have been edited since: what its `made_by` says of method and ratio need not hold.
         plan = replace(plan, made_by={"method": "plan", "file": plan_file})
         wanted_entry(path, None, skipping)  # refused before any work
-        asked: dict[str, Any] = {"plan": plan.keep} | ({"merge": plan.merge} if plan.merge else {})
+        asked: dict[str, Any] = {"plan": plan.keep}
+        asked |= {"merge": plan.merge.groups, **plan.merge.settings} if plan.merge.groups else {}
     else:
         check_ratio(shapes, cut.ratio, cut.scope, cut.floor)  # an impossible one is refused before any work
         if stats_file is not None:
@@ -97,8 +100,8 @@ def prune(
             if method.needs_text:
                 source |= asked_batches(trainer, data) | {"search": method.settings}
         asked = cut.asked() | source | ({"merge": True} if merge else {})
-    if merge or (plan is not None and plan.merge):
-        check_mergeable(path)
+    if rule is not None or (plan is not None and plan.merge.groups):
+        check_mergeable(path, align=plan is None or plan.merge.align)
     if skipping is not None:
         asked["skipping"] = skipping
     target = target_of(out, path)
@@ -106,19 +109,19 @@ def prune(
     if run.finished and target.is_dir():
         return run.finished
     if plan is None and not scores:
-        job = Job(trainer, model, data, lambda whole: observe(trainer, whole, data, run))
-        stats = stats or job.stats
-        if method.needs_text:
-            scores = [method.run(job, cut.ratio, seed(), run.partial(method=cut.method))]
-        else:
+        known = stats
+        job = Job(trainer, model, data, lambda whole: known or observe(trainer, whole, data, run))
+        stats = job.stats
+        if method.criterion:
             scores = [score_experts(stats, cut.method, cut.direction, seed())]
+        else:
+            scores = [method.run(job, cut.ratio, seed(), run.partial(method=cut.method))]
         scores += [score_experts(stats, one.name, seed=seed()) for one in criteria() if one.name != cut.method]
     if plan is None:
         plan = make_plan(scores[0], cut.ratio, cut.scope, cut.floor)
-        if merge and stats is not None:
-            alike = {s.shape.name: similarity(s).masked_fill(~measured_pairs(s), -1.0) for s in stats.layers}
-            plan = replace(plan, merge=merge_groups(plan.keep, alike))
-            if not plan.merge:
+        if rule is not None and stats is not None:
+            plan = replace(plan, merge=rule(stats, plan.keep))
+            if not plan.merge.groups:
                 raise InputError("--merge: no two experts were seen on the same tokens, so none is known to be alike.")
     if not trainer.is_global_zero:
         return None
@@ -140,7 +143,7 @@ def prune(
             "data_fingerprint": plan.data_fingerprint,
             **{name: plan.made_by.get(name) for name in ("method", "ratio", "scope", "direction")},
             **reduction(path, target, shapes, plan.keep),
-            **({"merged": plan.num_merged} if plan.merge else {}),
+            **({"merged": plan.num_merged} if plan.merge.groups else {}),
             "save_seconds": round(time.perf_counter() - started, 3),
             "world_size": trainer.world_size,
         }

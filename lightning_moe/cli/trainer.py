@@ -162,7 +162,8 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
             out: Run folder; gets plan.json, model/, summary.json, and scores.json and stats.safetensors, or with rounds
                 rounds.jsonl and figures/.
             method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean reap reap-sum
-                man msan seer trimming random), or a search as diep or diep-PRESET of `search`.
+                man msan seer trimming random), a search as diep or diep-PRESET of `search`, or what merges experts
+                (m-smoe s-smoe).
             ratio: Fraction of the experts to drop.
             scope: Drop the same number in each layer, or the lowest of all layers.
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.
@@ -172,7 +173,8 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
                 method that is asked.
             plan: A plan.json (or the run folder that holds it) to apply as it is.
             merge: Average each dropped expert into the kept one of its layer whose outputs are most like its own (CKA),
-                instead of throwing it away; weights by the softmax of that likeness, as DiEP, App. A.5.
+                instead of throwing it away; weights by the softmax of that likeness, as DiEP, App. A.5, and neurons
+                in the order that fits best.
             skipping: Let the new model skip, token by token, experts that matter little beside the first: true for
                 the rule of DiEP, naee for that of NAEE; false never. Default: as the model pruned does. The tables
                 for it are stored in any case, unless the source is a plan and the model pruned has none.

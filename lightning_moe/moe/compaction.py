@@ -7,47 +7,53 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from lightning_moe.errors import InputError, first_line
+from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_folder
 from lightning_moe.moe.checkpoints import (
     add_modelling_file,
-    all_finite,
     load_model,
     resolve,
     skeleton,
     weight_files,
     write_model,
 )
-from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.disk_layout import DiskLayout
+from lightning_moe.moe.layers import MoELayer, find_moe_layers
 from lightning_moe.moe.merged_experts import (
+    NO_MERGE,
     Groups,
     Merge,
+    Reorder,
+    as_it_is,
     check_averageable,
     check_merge,
     joined_experts,
+    merged_row,
     merged_tensor,
     write_merged,
 )
+from lightning_moe.moe.neuron_order import NeuronAxis, NeuronOrders, axes_in_memory
 from lightning_moe.moe.non_uniform import COUNT_NAMES
 from lightning_moe.moe.skip_tables import cut_entry, store_entry
 from lightning_moe.moe.skipping import CONFIG_KEY
 from lightning_moe.moe.surgery import check_keep, keep_experts, set_counts
+from lightning_moe.moe.tensor_reader import TensorReader, finite, opened, tensor_reader
 from lightning_moe.moe.weight_shards import LAYER, SHARD_BYTES, write_shards
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
+FIRST = ".experts.0."
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,10 @@ class _Cut:
     keep: Sequence[int]
     groups: Groups = field(default_factory=dict)
     """Kept experts that others are averaged into."""
+    router: bool = False
+    """Whether the router's rows are averaged along."""
+    axes: Mapping[str, NeuronAxis] = field(default_factory=dict)
+    """Where the neurons of an expert lie, by name of the tensor (of expert 0); empty when they are not aligned."""
 
 
 def compact_checkpoint(
@@ -68,7 +78,7 @@ def compact_checkpoint(
     target: Path,
     shard_bytes: int = SHARD_BYTES,
     skipping: Mapping[str, Any] | None = None,
-    merge: Merge | None = None,
+    merge: Merge = NO_MERGE,
 ) -> None:
     """Copy the checkpoint at ``source`` to ``target`` without the experts that ``keep`` does not name.
 
@@ -81,9 +91,9 @@ def compact_checkpoint(
 
     ``merge`` names dropped experts whose weights go into kept ones, see ``merged_experts``.
     """
-    merge = merge or {}
     model = skeleton(source)
-    shapes = [layer.shape for layer in find_moe_layers(model)]
+    layers = find_moe_layers(model)
+    shapes = [layer.shape for layer in layers]
     check_keep(shapes, keep)
     check_merge(shapes, keep, merge)
     folder = resolve(source)
@@ -99,7 +109,17 @@ def compact_checkpoint(
         return
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
     cuts = find_cuts(files, by_index)
-    merged = {s.index: replace(cuts[s.index], groups=merge[s.name]) for s in shapes if s.name in merge}
+    merging = [layer for layer in layers if layer.name in merge.groups]
+    axes = _axes(files, model, merging, cuts) if merge.align else {}
+    merged = {
+        layer.parts.index: replace(
+            cuts[layer.parts.index],
+            groups=merge.groups[layer.name],
+            router=merge.router == "mean",
+            axes=axes.get(layer.name, {}),
+        )
+        for layer in merging
+    }
     _check_types(files, merged)
     set_counts(model.config, {shape.index: len(by_index[shape.index][1]) for shape in shapes})
     if skipping is not None:
@@ -125,7 +145,7 @@ def find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence[
     cuts: dict[int, _Cut] = {}
     experts_seen: dict[int, set[int]] = {}
     for file in files:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 layer = LAYER.search(name)
                 if layer is None or int(layer.group(1)) not in by_index or "shared" in name:
@@ -148,37 +168,58 @@ def find_cuts(files: Sequence[Path], by_index: Mapping[int, tuple[int, Sequence[
     return cuts
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a whole safetensors file ({first_line(error)}).") from error
-
-
 def _kept_tensors(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that stays, under its new name and at its new size."""
-    with _reader(files if any(cut.groups for cut in cuts.values()) else ()) as read:
+    with tensor_reader(files if any(cut.groups for cut in cuts.values()) else ()) as reader:
+        orders = {id(cut): NeuronOrders(cut.axes, partial(_of_expert, reader)) for cut in cuts.values()}
         for file in files:
-            with _opened(file) as tensors:
+            with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
                     cut = cut_of(name, cuts)
                     if cut is None:
-                        yield name, _finite(name, tensors.get_tensor(name))
+                        yield name, finite(name, tensors.get_tensor(name))
                         continue
                     expert = EXPERT.search(name)
+                    reorder = partial(orders[id(cut)].reordered, EXPERT.sub(FIRST, name)) if cut.axes else as_it_is
                     if expert is None:
-                        yield name, _finite(name, _cut_stack(name, tensors.get_tensor(name), cut))
+                        stack = finite(name, tensors.get_tensor(name))
+                        yield name, _cut_stack(name, stack, cut, reorder)
                     elif int(expert.group(1)) in cut.keep:
                         own = int(expert.group(1))
-                        tensor = _finite(name, tensors.get_tensor(name))
+                        tensor = finite(name, tensors.get_tensor(name))
                         joined = joined_experts(own, cut.groups)
                         if joined:
-                            names = [(name.replace(expert.group(0), f".experts.{i}."), weight) for i, weight in joined]
-                            tensor = merged_tensor(tensor, ((read(other), weight) for other, weight in names))
-                        new = f".experts.{list(cut.keep).index(own)}."
-                        yield name.replace(expert.group(0), new), tensor
+                            others = ((i, _of_expert(reader, name, i), weight) for i, weight in joined)
+                            tensor = merged_tensor(tensor, ((reorder(own, i, t), weight) for i, t, weight in others))
+                        yield EXPERT.sub(f".experts.{list(cut.keep).index(own)}.", name), tensor
+
+
+def _of_expert(reader: TensorReader, name: str, expert: int) -> Tensor:
+    """One expert's tensor, where ``name`` is that of any expert, or its slice of a stack."""
+    if EXPERT.search(name):
+        return reader.tensor(EXPERT.sub(f".experts.{expert}.", name))
+    return reader.row(name, expert)
+
+
+def _axes(
+    files: Sequence[Path], model: PreTrainedModel, layers: Sequence[MoELayer], cuts: Mapping[int, _Cut]
+) -> dict[str, dict[str, NeuronAxis]]:
+    """Where the neurons lie in every tensor of one expert, layer by layer; the names are those of expert 0."""
+    layout = DiskLayout(model)
+    with tensor_reader(files) as reader:
+        names = [name for name in reader.names if EXPERT.sub(FIRST, name) == name]
+    found: dict[str, dict[str, NeuronAxis]] = {}
+    for layer in layers:
+        cut = {layer.parts.index: cuts[layer.parts.index]}
+        known = {name: layout.axis(name, layer.experts, FIRST in name) for name in names if cut_of(name, cut)}
+        axes = {name: axis for name, axis in known.items() if axis is not None}
+        if {axis.place[0] for axis in axes.values()} != axes_in_memory(layer.experts).keys():
+            raise InputError(
+                f"{files[0].parent}: its names do not tell what each tensor of {layer.name} is, so neurons of experts "
+                'cannot be aligned on disk; merge without, by `"align": false` in the plan.'
+            )
+        found[layer.name] = axes
+    return found
 
 
 def cut_of(name: str, cuts: Mapping[int, _Cut]) -> _Cut | None:
@@ -188,60 +229,51 @@ def cut_of(name: str, cuts: Mapping[int, _Cut]) -> _Cut | None:
     return None if layer is None or cut is None or layer.group(2) != cut.component or "shared" in name else cut
 
 
-def _cut_stack(name: str, stack: Tensor, cut: _Cut) -> Tensor:
+def _cut_stack(name: str, stack: Tensor, cut: _Cut, reorder: Reorder) -> Tensor:
     """What stays of a tensor of all experts, or of the router; as it is if it holds nothing of each expert."""
     dimension = next((d for d, size in enumerate(stack.shape) if size == cut.num_experts), None)
     if dimension is None:
         return stack
     kept = stack.index_select(dimension, torch.tensor(list(cut.keep)))
-    if cut.groups and _of_experts(name, stack.shape):
-        write_merged(kept, stack, dimension, cut.keep, cut.groups)
+    if cut.groups and _averaged(name, stack.shape, cut):
+        mean = merged_tensor if _of_experts(name, stack.shape) else merged_row
+        write_merged(kept, stack, dimension, cut.keep, cut.groups, mean, reorder)
     return kept
 
 
+def _averaged(name: str, shape: Sequence[int], cut: _Cut) -> bool:
+    """Whether a tensor of an MoE block takes part in merging: the experts' own do, the router's where it is asked."""
+    return _of_experts(name, shape) or (cut.router and cut.num_experts in shape)
+
+
 def _of_experts(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor of an MoE block is the experts' own and not the router's."""
     return ".experts." in name or len(shape) >= 3
 
 
-def check_mergeable(source: str) -> None:
-    """Raise ``InputError`` when the experts of the checkpoint at ``source`` cannot be averaged: quantised ones."""
+def check_mergeable(source: str, align: bool = False) -> None:
+    """Raise ``InputError`` when the experts of the checkpoint at ``source`` cannot be averaged: quantised ones.
+
+    Or, with ``align``, when it is not known where their neurons lie.
+    """
     files = weight_files(resolve(source))
     if files[0].suffix == ".safetensors":
-        shapes = [layer.shape for layer in find_moe_layers(skeleton(source))]
-        _check_types(files, find_cuts(files, {s.index: (s.num_experts, range(s.num_experts)) for s in shapes}))
+        model = skeleton(source)
+        layers = find_moe_layers(model)
+        cuts = find_cuts(files, {one.parts.index: (one.num_experts, range(one.num_experts)) for one in layers})
+        _check_types(files, cuts)
+        if align:
+            _axes(files, model, layers, cuts)
 
 
 def _check_types(files: Sequence[Path], cuts: Mapping[int, _Cut]) -> None:
     for file in files if cuts else ():
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if cut_of(name, cuts) is not None:
+                cut = cut_of(name, cuts)
+                if cut is not None:
                     part = tensors.get_slice(name)
-                    if _of_experts(name, part.get_shape()):
+                    if _averaged(name, part.get_shape(), cut):
                         check_averageable(name, part.get_dtype())
-
-
-@contextmanager
-def _reader(files: Sequence[Path]) -> Iterator[Callable[[str], Tensor]]:
-    """Read any tensor by name, whichever of the files it lies in."""
-    with ExitStack() as stack:
-        opened = [stack.enter_context(_opened(file)) for file in files]
-        holders = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 - not a dict
-
-        def read(name: str) -> Tensor:
-            if name not in holders:
-                raise InputError(f"{files[0].parent}: no {name} in its weight files; the checkpoint is incomplete.")
-            return _finite(name, holders[name].get_tensor(name))
-
-        yield read
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    # float8 and packed integers know no isfinite; their scales do.
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not all_finite(tensor):
-        raise InputError(f"{name} holds values that are not finite; the checkpoint is damaged.")
-    return tensor
 
 
 def _with_counts(raw: dict[str, Any], config: PreTrainedConfig, type_name: str) -> dict[str, Any]:

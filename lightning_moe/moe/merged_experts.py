@@ -4,20 +4,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_moe.errors import InputError
-from lightning_moe.moe.layers import LayerShape
-from lightning_moe.moe.non_uniform import Block, per_expert_tensors
+from lightning_moe.moe.layers import LayerShape, MoELayer
+from lightning_moe.moe.neuron_order import NeuronOrders, axes_in_memory
+from lightning_moe.moe.non_uniform import per_expert_tensors
 
 Groups = Mapping[int, Mapping[int, float]]
 """Of one layer: kept expert -> the experts averaged into it, itself among them -> their weights, which sum to 1."""
 
-Merge = Mapping[str, Groups]
-"""Layer name -> its groups. A kept expert without a group stays as it is, a dropped one in no group is thrown away."""
+Router = Literal["kept", "mean"]
+"""What routes tokens to a group: the row of the kept expert, or the mean of its members' rows, see ``merged_row``."""
+
+Reorder = Callable[[int, int, Tensor], Tensor]
+"""``(kept expert, other expert, tensor of the other) -> that tensor``, as it is to be averaged."""
+
+Mean = Callable[[Tensor, Iterable[tuple[Tensor, float]]], Tensor]
+"""``(own, others with their weights) -> mean``."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Which dropped experts go into which kept ones, and how."""
+
+    groups: Mapping[str, Groups] = field(default_factory=dict)
+    """By layer. A kept expert without a group stays as it is, a dropped one in no group is thrown away."""
+    align: bool = False
+    """Whether the neurons of each joined expert are first put in the order that fits the kept one, see
+    ``neuron_order``."""
+    router: Router = "kept"
+    """``mean`` averages the router's rows, see ``merged_row``, and its biases, by the weights of the group."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How, in plain values."""
+        return {"align": self.align, "router": self.router}
+
+
+NO_MERGE = Merge()
 
 SUM_SLACK = 1e-3
 """How far from 1 the weights of a group may sum: people write few digits."""
@@ -29,7 +60,7 @@ AVERAGED_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "
 def check_merge(shapes: Sequence[LayerShape], keep: Mapping[str, Sequence[int]], merge: Merge) -> None:
     """Refuse, in one line, groups that do not fit the layers or what is kept of them (which is checked before)."""
     known = {shape.name: shape for shape in shapes}
-    for name, groups in merge.items():
+    for name, groups in merge.groups.items():
         if name not in known:
             raise InputError(f"the plan merges experts of a layer {name!r} that the model does not have.")
         _check_groups(known[name], keep.get(name, range(known[name].num_experts)), groups)
@@ -87,19 +118,68 @@ def merged_tensor(own: Tensor, joined: Iterable[tuple[Tensor, float]]) -> Tensor
     return total.to(own.dtype)
 
 
-def write_merged(kept: Tensor, stack: Tensor, dimension: int, keep: Sequence[int], groups: Groups) -> None:
-    """Write the merged experts into ``kept``, which is what ``keep`` leaves of ``stack`` along ``dimension``."""
+def merged_row(own: Tensor, joined: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """``merged_tensor`` of rows of the router, as long as the kept expert's own.
+
+    A mean of rows that point different ways is short, and its small logits would lose the group's tokens to others. A
+    bias, which is one number per expert, has no direction and is only averaged.
+    """
+    exact = own.to(torch.promote_types(own.dtype, torch.float32))
+    mean = merged_tensor(exact, joined)
+    length = mean.norm()
+    if own.numel() > 1 and length:
+        mean *= exact.norm() / length
+    return mean.to(own.dtype)
+
+
+def as_it_is(kept: int, other: int, tensor: Tensor) -> Tensor:
+    """The ``Reorder`` that changes nothing."""
+    return tensor
+
+
+def write_merged(
+    kept: Tensor,
+    stack: Tensor,
+    dimension: int,
+    keep: Sequence[int],
+    groups: Groups,
+    mean: Mean,
+    reorder: Reorder = as_it_is,
+) -> None:
+    """Write merged experts, or rows, into ``kept``, which is what ``keep`` leaves of ``stack`` along ``dimension``."""
     for position, expert in enumerate(keep):
         others = joined_experts(expert, groups)
         if others:
-            joined = ((stack.select(dimension, other), weight) for other, weight in others)
-            kept.select(dimension, position).copy_(merged_tensor(stack.select(dimension, expert), joined))
+            joined = ((reorder(expert, i, stack.select(dimension, i)), weight) for i, weight in others)
+            kept.select(dimension, position).copy_(mean(stack.select(dimension, expert), joined))
 
 
-def expert_tensors(block: Block) -> dict[str, tuple[Tensor, int]]:
-    """Every tensor of the experts themselves, by name, with its expert dimension; not the router's."""
-    found = per_expert_tensors(block)
-    return {name: (tensor.detach(), dim) for owner, name, tensor, dim in found if owner is block.experts}
+class LayerMerge:
+    """Merging in one layer of a model in memory: made before the layer is cut, since it needs what the cut drops."""
+
+    def __init__(self, layer: MoELayer, merge: Merge) -> None:
+        self._groups = merge.groups[layer.name]
+        self._stacks = [
+            (owner, name, tensor.detach(), dimension)
+            for owner, name, tensor, dimension in per_expert_tensors(layer.parts)
+            if owner is layer.experts or merge.router == "mean"
+        ]
+        own = {name: (tensor, dimension) for owner, name, tensor, dimension in self._stacks if owner is layer.experts}
+        axes = axes_in_memory(layer.experts) if merge.align else {}
+        self._orders = NeuronOrders(axes, lambda name, expert: own[name][0].select(own[name][1], expert))
+        self._experts = layer.experts
+        for _, name, tensor, _ in self._stacks:
+            check_averageable(f"{layer.name}: {name}", AVERAGED_TYPES.get(tensor.dtype, str(tensor.dtype)))
+
+    def write(self, keep: Sequence[int]) -> None:
+        """Average into the layer, which is cut to ``keep`` by now."""
+        for owner, name, stack, dimension in self._stacks:
+            kept = getattr(owner, name).detach()
+            if owner is self._experts:
+                reorder = partial(self._orders.reordered, name)
+                write_merged(kept, stack, dimension, keep, self._groups, merged_tensor, reorder)
+            else:
+                write_merged(kept, stack, dimension, keep, self._groups, merged_row)
 
 
 def check_averageable(name: str, spelled: str) -> None:

@@ -8,14 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape, check_unpacked, find_moe_layers
-from lightning_moe.moe.merged_experts import (
-    AVERAGED_TYPES,
-    Merge,
-    check_averageable,
-    check_merge,
-    expert_tensors,
-    write_merged,
-)
+from lightning_moe.moe.merged_experts import NO_MERGE, LayerMerge, Merge, check_merge
 from lightning_moe.moe.non_uniform import COUNT_NAMES, keep_in_block
 from lightning_moe.moe.skip_tables import cut_entry, refresh_skipping, stored_entry
 
@@ -55,28 +48,24 @@ def _check_layer(shape: LayerShape, ids: Sequence[int]) -> None:
             )
 
 
-def keep_experts(model: PreTrainedModel, keep: Mapping[str, Sequence[int]], merge: Merge | None = None) -> None:
+def keep_experts(model: PreTrainedModel, keep: Mapping[str, Sequence[int]], merge: Merge = NO_MERGE) -> None:
     """Keep only the named experts of each layer, or raise ``InputError`` and change nothing.
 
     Ids are ascending; layers that ``keep`` does not name stay whole. ``merge`` names dropped experts whose weights go
-    into kept ones; the router forgets them all the same. The config is brought in line: one count when all layers
+    into kept ones, see ``merged_experts``. The config is brought in line: one count when all layers
     agree, transformers' ``per_layer_config`` when they do not; skip tables are cut along.
     """
-    layers, merge = find_moe_layers(model), merge or {}
+    layers = find_moe_layers(model)
     shapes = [layer.shape for layer in layers]
     check_unpacked(model, "cut")
     check_keep(shapes, keep)
     check_merge(shapes, keep, merge)
-    before = {layer.name: expert_tensors(layer.parts) for layer in layers if layer.name in merge}
-    for layer_name, tensors in before.items():
-        for name, (tensor, _) in tensors.items():
-            check_averageable(f"{layer_name}: {name}", AVERAGED_TYPES.get(tensor.dtype, str(tensor.dtype)))
+    merges = {layer.name: LayerMerge(layer, merge) for layer in layers if layer.name in merge.groups}
     for layer in layers:
         if len(keep.get(layer.name, ())) not in (0, layer.num_experts):
             keep_in_block(layer.parts, keep[layer.name])
-            for name, (stack, dimension) in before.pop(layer.name, {}).items():
-                kept = getattr(layer.experts, name).detach()
-                write_merged(kept, stack, dimension, keep[layer.name], merge[layer.name])
+            if layer.name in merges:
+                merges.pop(layer.name).write(keep[layer.name])
     counts = {layer.parts.index: layer.num_experts for layer in layers}
     set_counts(model.config, counts)
     if stored_entry(model.config) is not None:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning_moe.errors import InputError
 from lightning_moe.files import write_json
 from lightning_moe.moe.checkpoints import same_model
 from lightning_moe.moe.layers import LayerShape
-from lightning_moe.moe.merged_experts import check_merge
+from lightning_moe.moe.merged_experts import NO_MERGE, Merge, Router, check_merge
 from lightning_moe.moe.surgery import check_keep
 
 VERSION = 1
@@ -27,8 +27,9 @@ class PruningPlan:
     """The checkpoint it was made for; a plan without one fits any model with such layers."""
     data_fingerprint: str | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
-    merge: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)
-    """Layer -> kept expert -> the experts averaged into it, itself among them -> weight; see ``merged_experts``."""
+    merge: Merge = NO_MERGE
+    """In the file ``merge`` are its groups (layer -> kept expert -> the experts averaged into it, itself among them ->
+    weight), and ``align`` and ``router`` say how; a file without these two has them as ``Merge`` does."""
 
     def check(self, shapes: Sequence[LayerShape], model_id: str) -> None:
         """Raise ``InputError`` unless the plan fits these layers of this model."""
@@ -43,7 +44,8 @@ class PruningPlan:
     @property
     def num_merged(self) -> int:
         """Dropped experts that are averaged into kept ones."""
-        return sum(len(set(group) - {kept}) for groups in self.merge.values() for kept, group in groups.items())
+        groups = [(kept, group) for layer in self.merge.groups.values() for kept, group in layer.items()]
+        return sum(len(set(group) - {kept}) for kept, group in groups)
 
     def save(self, file: Path) -> None:
         value = {
@@ -52,7 +54,7 @@ class PruningPlan:
             "data_fingerprint": self.data_fingerprint,
             "made_by": self.made_by,
             "keep": self.keep,
-            **({"merge": self.merge} if self.merge else {}),
+            **({"merge": self.merge.groups, **self.merge.settings} if self.merge.groups else {}),
         }
         write_json(file, value)
 
@@ -101,21 +103,26 @@ def load_plan(file: Path) -> PruningPlan:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise InputError(f"--plan {file}: {name}: expected a list of expert ids, found {ids!r}.")
     keep = {name: sorted(ids) for name, ids in value["keep"].items()}
-    merge = _read_merge(file, value.get("merge"))
+    merge = _read_merge(file, value)
     return PruningPlan(keep, value.get("model_id"), value.get("data_fingerprint"), value.get("made_by") or {}, merge)
 
 
-def _read_merge(file: Path, value: Any) -> dict[str, dict[int, dict[int, float]]]:
-    """``merge`` with its ids as numbers; JSON has them as words."""
+def _read_merge(file: Path, value: Mapping[str, Any]) -> Merge:
+    """What a plan says of merging, the ids as numbers; JSON has them as words."""
+    stored = value.get("merge")
     try:
-        return {
-            name: {
-                int(kept): {int(expert): weight for expert, weight in group.items()} for kept, group in groups.items()
-            }
-            for name, groups in ({} if value is None else value).items()
+        groups = {
+            name: {int(kept): {int(i): weight for i, weight in group.items()} for kept, group in layer.items()}
+            for name, layer in ({} if stored is None else stored).items()
         }
     except (AttributeError, ValueError) as error:
         raise InputError(
             f"--plan {file}: `merge` must name layers, in each the kept experts, and for these the weights of their "
             'group: {"model.layers.0.mlp": {"2": {"2": 0.6, "5": 0.4}}}.'
         ) from error
+    align, router = value.get("align", Merge.align), value.get("router", Merge.router)
+    if not isinstance(align, bool):
+        raise InputError(f"--plan {file}: `align` must be true or false, not {align!r}.")
+    if router not in get_args(Router):
+        raise InputError(f"--plan {file}: `router` must be one of {', '.join(get_args(Router))}, not {router!r}.")
+    return Merge(groups, align, router)

@@ -40,6 +40,7 @@ class ExpertStats(Metric):
     probability_E: Tensor
     soft_count_E: Tensor
     together_EE: Tensor
+    logit_products_EE: Tensor
     seen_EV: Tensor
     norm_E: Tensor
     norm_sq_E: Tensor
@@ -63,6 +64,7 @@ class ExpertStats(Metric):
             "probability_E": (num_experts,),
             "soft_count_E": (num_experts,),
             "together_EE": (num_experts, num_experts),
+            "logit_products_EE": (num_experts, num_experts),
             "norm_E": (num_experts,),
             "norm_sq_E": (num_experts,),
             "gated_norm_E": (num_experts,),
@@ -111,13 +113,16 @@ class ExpertStats(Metric):
 
     def _add_routing(self, routing: Routing, input_ids_T: Tensor, mask_T: Tensor) -> None:
         expert_ids_TK, ids_T = routing.expert_ids_TK[mask_T], input_ids_T[mask_T]
-        probability_TE = routing.logits_TE[mask_T].float().softmax(-1)
+        logits_TE = routing.logits_TE[mask_T].float()
+        probability_TE = logits_TE.softmax(-1)
         chosen_TE = torch.zeros_like(probability_TE).scatter_(1, expert_ids_TK, 1.0)
         self.tokens += ids_T.shape[0]
         self.count_E += chosen_TE.sum(0)
         self.probability_E += probability_TE.sum(0)
         self.soft_count_E += (probability_TE * chosen_TE).sum(0)
         self.together_EE += chosen_TE.T @ chosen_TE
+        logits_TE = logits_TE.masked_fill(logits_TE == -torch.inf, 0.0)  # of experts that are masked out
+        self.logit_products_EE += logits_TE.T @ logits_TE
         self.seen_EV[expert_ids_TK, ids_T.unsqueeze(-1)] = True
         if expert_ids_TK.shape[-1] > 1:
             largest_T, second_T = routing.weights_TK[mask_T].float().topk(2).values.unbind(-1)

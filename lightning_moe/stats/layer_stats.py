@@ -33,6 +33,8 @@ class LayerStats:
     """Full softmax probability, over routed tokens."""
     together_EE: Tensor
     """Tokens that two experts share; the diagonal is ``count_E``."""
+    logit_products_EE: Tensor
+    """Product of the router's logits for two experts, over all tokens; NaN where an older file did not have it."""
     seen_EV: Tensor
     """Whether an expert ever got a token id, bool."""
     norm_E: Tensor

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_moe.errors import InputError
 from lightning_moe.moe.skip_tables import SkipTable
 from lightning_moe.stats.layer_stats import LayerStats
 
@@ -39,6 +40,21 @@ def similarity(stats: LayerStats) -> Tensor:
 def measured_pairs(stats: LayerStats) -> Tensor:
     """Which pairs shared enough tokens for their CKA to be known, ``(E, E)`` bool; an expert with itself did."""
     return (_scale(stats) > 0).fill_diagonal_(True)
+
+
+def router_similarity(stats: LayerStats) -> Tensor:
+    """Cosine between the router's logits of every pair of experts, over all tokens, ``(E, E)``; 1 on the diagonal.
+
+    It is what M-SMoE (arXiv 2310.01334) groups experts by. Raises ``InputError`` for statistics of an older version,
+    which did not keep what it takes.
+    """
+    product_EE = stats.logit_products_EE
+    if bool(product_EE.isnan().any()):
+        raise InputError(
+            "these statistics are of an older version and know no router logits; score again (--overwrite)."
+        )
+    norm_E = product_EE.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    return (product_EE / (norm_E[:, None] * norm_E)).fill_diagonal_(1.0)
 
 
 def gamma2(stats: LayerStats) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +17,10 @@ from lightning_moe.files import replaced_file
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.stats.layer_stats import TENSORS, LayerStats
 
-VERSION = 2
+VERSION = 3
+
+LACKING = {"2": ("logit_products_EE",)}
+"""Older versions that are read, and what their files do not have: it is NaN then, and who needs it says so."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,18 @@ def load_stats(file: Path) -> ModelStats:
     try:
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
-            if metadata.get("version") != str(VERSION):
-                found = metadata.get("version", "none")
+            found = metadata.get("version", "none")
+            if found != str(VERSION) and found not in LACKING:
                 raise InputError(f"--stats {file}: version {found}, this program reads {VERSION}; score again.")
             layers = []
             for fields in json.loads(metadata["layers"]):
                 shape = LayerShape(**fields)
-                tensors: dict[str, Tensor] = {name: stored.get_tensor(f"{shape.name}:{name}") for name in TENSORS}
+                lacking = LACKING.get(found, ())
+                tensors: dict[str, Tensor] = {
+                    name: stored.get_tensor(f"{shape.name}:{name}") for name in TENSORS if name not in lacking
+                }
+                unknown_EE = torch.full_like(tensors["together_EE"], torch.nan)
+                tensors |= dict.fromkeys(lacking, unknown_EE)
                 layers.append(LayerStats(shape, **tensors))
             return ModelStats(metadata["model_id"], metadata["data_fingerprint"], layers, metadata["dtype"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

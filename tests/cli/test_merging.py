@@ -1,4 +1,4 @@
-"""``prune --merge true``: dropped experts averaged into kept ones, from text, statistics or a plan."""
+"""``prune --merge true`` and the methods that merge: from text, statistics or a plan, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_moe.cli.main import main
+from lightning_moe.moe.merged_experts import Merge
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.similarity import similarity
 from lightning_moe.stats.store import load_stats
@@ -83,13 +85,14 @@ def test_from_text_statistics_or_plan_it_is_the_same_model(
     assert read(tmp_path / "plan" / "prune.json")["request"]["merge"] == plan["merge"]
 
     expected = AutoModelForCausalLM.from_pretrained(checkpoint)
-    keep_experts(expected, plan["keep"], merge)
+    assert plan["align"] is True and plan["router"] == "kept"
+    keep_experts(expected, plan["keep"], Merge(merge, align=True))
     found_model = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path / "text" / "model"))
     state = found_model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
     plain = read(tmp_path / "plain" / "plan.json")
-    assert plain == {key: value for key, value in plan.items() if key != "merge"}
+    assert plain == {key: value for key, value in plan.items() if key not in ("merge", "align", "router")}
     assert not {"merge", "merged"} & {
         *read(tmp_path / "plain" / "prune.json"),
         *read(tmp_path / "plain" / "prune.json")["request"],
@@ -139,6 +142,10 @@ def test_refused_in_one_line(run: Commands, checkpoint: Path, text: Path, scored
     plan.write_text(json.dumps({"keep": {LAYERS[0]: [0, 3]}}))
     faulty = tmp_path / "faulty.json"
     faulty.write_text(json.dumps({"keep": {LAYERS[0]: [0, 3]}, "merge": {LAYERS[0]: {"0": {"0": 0.5, "3": 0.5}}}}))
+    unknown, wordy = tmp_path / "unknown.json", tmp_path / "wordy.json"
+    merge = {"keep": {LAYERS[0]: [0, 3]}, "merge": {LAYERS[0]: {"0": {"0": 0.5, "1": 0.5}}}}
+    unknown.write_text(json.dumps(merge | {"router": "sum"}))
+    wordy.write_text(json.dumps(merge | {"align": "yes"}))
     old = tmp_path / "old.safetensors"
     tensors = {
         name: tensor for name, tensor in load_file(scored / "stats.safetensors").items() if not name.endswith("hsic_EE")
@@ -149,10 +156,76 @@ def test_refused_in_one_line(run: Commands, checkpoint: Path, text: Path, scored
     for args, told in (
         ([*prune_args(checkpoint), "--plan", plan, "--merge", "true"], "--merge"),
         ([*prune_args(checkpoint), "--plan", faulty], "faulty.json"),
+        ([*prune_args(checkpoint), "--plan", unknown], "kept, mean"),
+        ([*prune_args(checkpoint), "--plan", wordy], "align"),
         ([*prune_args(checkpoint), "--stats", old, "--merge", "true"], "score again"),
+        ([*prune_args(checkpoint), "--stats", scored, "--method", "m-smoe", "--merge", "true"], "merges as it is"),
+        ([*prune_args(checkpoint), "--stats", scored, "--method", "s-smoe", "--direction", "max"], "no criterion"),
+        ([*prune_args(checkpoint), "--scores", scored, "--method", "m-smoe"], "merging needs statistics"),
+        ([*prune_args(checkpoint), *text_args(text), "--method", "m-smoe", "--rounds", 2], "in one cut"),
         ([*prune_args(checkpoint), "--stats", scored, "--merge", "sometimes"], "--merge"),
         ([*prune_args(packed), *text_args(text), "--merge", "true"], "quantised"),
     ):
         refused = run(*args, "--out", tmp_path / "out")
         assert refused.code == 2 and len(refused.err.splitlines()) == 1 and told in refused.err, refused.err
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", ["m-smoe", "s-smoe"])
+def test_a_method_that_merges(
+    method: str, run: Commands, checkpoint: Path, text: Path, scored: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is smaller and stock; its plan makes it again; ``compare`` measures that very model."""
+    cut = ["--method", method, "--ratio", 0.5]
+    run.ok(*prune_args(checkpoint), "--stats", scored, *cut, "--out", tmp_path / "stats")
+    run.ok(*prune_args(checkpoint), "--plan", tmp_path / "stats" / "plan.json", "--out", tmp_path / "plan")
+    assert_same_weights(tmp_path / "plan", tmp_path / "stats")
+    plan, done = read(tmp_path / "stats" / "plan.json"), read(tmp_path / "stats" / "prune.json")
+    assert (plan["align"], plan["router"]) == (True, "mean")
+    assert done["merged"] == len(LAYERS) * NUM_EXPERTS / 2 == NUM_EXPERTS
+    assert done["bytes_after"] < 0.7 * done["bytes_before"]
+    assert "direction" not in read(tmp_path / "stats" / "scores.json")["methods"][method]
+
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "stats" / "model").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint)
+    groups = {
+        name: {int(kept): {int(i): w for i, w in group.items()} for kept, group in layer.items()}
+        for name, layer in plan["merge"].items()
+    }
+    keep_experts(expected, plan["keep"], Merge(groups, align=True, router="mean"))
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+    args = ["compare", *QUIET, "--model.path", checkpoint, *text_args(text), "--ratios", "[0.5]"]
+    args += ["--methods", f"[{method}]", "--out", tmp_path / "compare"]
+    run.ok(*args, "--scopes", "[layer,global]")
+    cells = {cell["scope"]: cell for cell in read(tmp_path / "compare" / "compare.json")["cells"]}
+    assert cells["layer"]["plan"] == plan["keep"] and cells["layer"]["merge"] == plan["merge"]
+    assert (cells["layer"]["align"], cells["layer"]["router"]) == (True, "mean")
+    assert sum(map(len, cells["global"]["plan"].values())) == NUM_EXPERTS
+    said = ["evaluate", *QUIET, "--model.path", tmp_path / "stats" / "model", *text_args(text)]
+    run.ok(*said, "--out", tmp_path / "measured")
+    measured = read(tmp_path / "measured" / "evaluate.json")["perplexity"]
+    assert cells["layer"]["perplexity"] == pytest.approx(measured, rel=1e-5)
+
+    for also, told in (
+        (["--strategies", "[one-shot,iterative]"], "in one cut"),
+        (["--trainer.strategy", "moe_fsdp"], "moe_fsdp splits"),
+    ):
+        refused = run(*args, *also)
+        assert refused.code == 2 and len(refused.err.splitlines()) == 1 and told in refused.err
+
+
+def test_older_statistics_lack_what_m_smoe_needs(run: Commands, checkpoint: Path, scored: Path, tmp_path: Path) -> None:
+    """Criteria and the other methods go on with them."""
+    tensors = load_file(scored / "stats.safetensors")
+    with safe_open(scored / "stats.safetensors", "pt") as file:
+        metadata = file.metadata() | {"version": "2"}
+    old = tmp_path / "old.safetensors"
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("logit_products_EE")}
+    save_file(kept, old, metadata=metadata)
+    args = [*prune_args(checkpoint), "--stats", old, "--out", tmp_path / "out"]
+    refused = run(*args, "--method", "m-smoe")
+    assert refused.code == 2 and len(refused.err.splitlines()) == 1 and "older version" in refused.err
+    assert not (tmp_path / "out" / "plan.json").exists()
+    run.ok(*args, "--method", "s-smoe")
+    run.ok(*args, "--method", "ean", "--overwrite", "true")

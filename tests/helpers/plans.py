@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.merged_experts import Merge, Router
 from lightning_moe.pruning.merging import merge_groups
 
 Keep = dict[str, list[int]]
-Merge = dict[str, dict[int, dict[int, float]]]
 
 
 def uniform_plan(model: PreTrainedModel) -> Keep:
@@ -33,7 +33,8 @@ def compose(first: Keep, second: Keep) -> Keep:
     return {name: [ids[i] for i in second[name]] if name in second else ids for name, ids in first.items()}
 
 
-def some_merge(keep: Keep, num_experts: int = 8) -> Merge:
+def some_merge(keep: Keep, num_experts: int = 8, align: bool = False, router: Router = "kept") -> Merge:
     """Every dropped expert merged into some kept one, with weights that differ."""
     generator = torch.Generator().manual_seed(5)
-    return merge_groups(keep, {name: 3 * torch.rand(num_experts, num_experts, generator=generator) for name in keep})
+    alike = {name: 3 * torch.rand(num_experts, num_experts, generator=generator) for name in keep}
+    return Merge(merge_groups(keep, alike), align, router)

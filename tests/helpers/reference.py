@@ -7,8 +7,9 @@ Expert Trimming 2406.02500, Switch Transformer 2101.03961), never from the packa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class SeenToken:
     """Softmax of the router's logits, over all experts."""
     visits: list[Visit]
     sequence: int = 0
+    logits: Sequence[float] = ()
+    """The router's logits where they are known; else those that its probabilities have, up to a shift."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def raw_layers(
             if not counted[position]:
                 continue
             x = call.router_input_TH[position].double().tolist()
-            probabilities = softmax([dot(row, x) + b for row, b in zip(rows, bias, strict=True)])
+            logits = [dot(row, x) + b for row, b in zip(rows, bias, strict=True)]
             with torch.no_grad():
                 visits = [
                     Visit(expert, weight, run_alone(experts, expert, call.hidden_TH[position][None])[0].tolist())
@@ -205,7 +208,7 @@ def raw_layers(
                         call.ids_TK[position].tolist(), call.weights_TK[position].tolist(), strict=True
                     )
                 ]
-            tokens.append(SeenToken(token_id, probabilities, visits, position // input_ids.shape[-1]))
+            tokens.append(SeenToken(token_id, softmax(logits), visits, position // input_ids.shape[-1], logits))
         matrices = [expert_matrices(experts, expert) for expert in range(len(rows))]
         layers.append(RawLayer(len(rows), vocab_size, tokens, rows, matrices))
     return layers
@@ -222,15 +225,18 @@ def layer_stats(raw: RawLayer) -> dict[str, Any]:
         stats[name] = [0.0] * raw.num_experts
     for name in ("output_sum_EH", "output_sq_EH", "unit_sum_EH"):
         stats[name] = [[0.0] * width for _ in experts]
-    stats["together_EE"] = [[0.0] * raw.num_experts for _ in experts]
+    for name in ("together_EE", "logit_products_EE"):
+        stats[name] = [[0.0] * raw.num_experts for _ in experts]
     stats["seen_EV"] = [[token_id in raw.token_ids(expert) for token_id in range(raw.vocab_size)] for expert in experts]
     for token in raw.tokens:
         chosen = raw.chosen(token)
         total = math.fsum(visit.weight for visit in token.visits)
+        logits = token.logits or [math.log(p) if p else 0.0 for p in token.probabilities]
         for p in experts:
             stats["probability_E"][p] += token.probabilities[p]
             for q in experts:
                 stats["together_EE"][p][q] += p in chosen and q in chosen
+                stats["logit_products_EE"][p][q] += logits[p] * logits[q]
         for visit in token.visits:
             p, length = visit.expert, norm(visit.output)
             stats["count_E"][p] += 1
@@ -503,3 +509,62 @@ def merge_groups(kept: Sequence[int], alike: Sequence[Sequence[float]]) -> dict[
         for expert in group:
             group[expert] /= total
     return groups
+
+
+def usage_weights(groups: Mapping[int, Sequence[int]], used: Sequence[float]) -> dict[int, dict[int, float]]:
+    """Groups of more than one expert, by the one that is kept, with the share of the use of each."""
+    return {
+        kept: {expert: used[expert] / sum(used[i] for i in group) for expert in sorted(group)}
+        for kept, group in groups.items()
+        if len(group) > 1
+    }
+
+
+def dominant_groups(
+    kept: Sequence[int], logits: Sequence[Vector], used: Sequence[float]
+) -> dict[int, dict[int, float]]:
+    """M-SMoE's groups of one layer, from the logits of every token: ``logits[t][expert]``."""
+    columns = list(zip(*logits, strict=True))
+    groups = {expert: [expert] for expert in kept}
+    for expert in range(len(columns)):
+        if expert not in kept:
+            alike = {
+                other: dot(columns[expert], columns[other]) / norm(columns[expert]) / norm(columns[other])
+                for other in kept
+            }
+            groups[max(kept, key=alike.__getitem__)].append(expert)
+    return usage_weights(groups, used)
+
+
+def clusters(unlike: Sequence[Sequence[float]], count: int, within: int) -> list[set[int]]:
+    """``count`` clusters in each run of ``within`` experts, by average linkage over all pairs, each time anew."""
+    found = []
+    for first in range(0, len(unlike), within):
+        groups = [{expert} for expert in range(first, first + within)]
+        while len(groups) > count:
+            one, other = min(
+                combinations(groups, 2), key=lambda pair: mean([unlike[i][j] for i in pair[0] for j in pair[1]])
+            )
+            groups = [group for group in groups if group not in (one, other)] + [one | other]
+        found += groups
+    return found
+
+
+def permuted_neurons(experts: nn.Module, expert: int, order: Sequence[int]) -> None:
+    """Put the neurons of one expert in another order, neuron by neuron: the same function of its input."""
+    width, before = len(order), {name: stack.detach().clone() for name, stack in experts.named_parameters()}
+    for name, stack in experts.named_parameters():
+        new, old = stack.data[expert], before[name][expert]
+        if name.endswith("bias"):  # a vector is a matrix of one column
+            new, old = new[:, None], old[:, None]
+        elif experts.is_transposed != name.startswith("down"):
+            new, old = new.T, old.T
+        if name == "down_proj_bias":
+            continue
+        for place, neuron in enumerate(order):
+            if not name.startswith("gate_up"):
+                new[place] = old[neuron]
+            elif experts.is_concatenated:
+                new[place], new[width + place] = old[neuron], old[width + neuron]
+            else:
+                new[2 * place], new[2 * place + 1] = old[2 * neuron], old[2 * neuron + 1]

@@ -17,17 +17,17 @@ from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import save_model
 from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
 from lightning_moe.moe.layers import find_moe_layers
-from lightning_moe.moe.merged_experts import merged_tensor
+from lightning_moe.moe.merged_experts import NO_MERGE, Merge, merged_tensor
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers import reference
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, tiny_batch, tiny_model
-from tests.helpers.plans import Keep, Merge, non_uniform_plan, some_merge, uniform_plan
+from tests.helpers.plans import Keep, non_uniform_plan, some_merge, uniform_plan
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 NUM_FILES = 5
 
 
-def cut(model: PreTrainedModel, keep: Keep, merge: Merge | None = None) -> PreTrainedModel:
+def cut(model: PreTrainedModel, keep: Keep, merge: Merge = NO_MERGE) -> PreTrainedModel:
     model = copy.deepcopy(model)
     keep_experts(model, keep, merge)
     return model
@@ -78,7 +78,7 @@ def test_merged_in_memory_equals_a_slow_reference(family: str, plan: Callable[[P
     assert changed and all(".experts." in name for name in changed)
     layers = zip(*(find_moe_layers(one) for one in (model, plain, merged)), strict=True)
     for full_layer, plain_layer, merged_layer in layers:
-        groups = merge[full_layer.name]
+        groups = merge.groups[full_layer.name]
         assert sum(len(group) - 1 for group in groups.values()) == NUM_EXPERTS - len(keep[full_layer.name])
         plain_tensors = dict(plain_layer.experts.named_parameters(recurse=False))
         assert ("down_proj_bias" in plain_tensors) == (family == "gpt_oss")
@@ -100,10 +100,13 @@ def test_merged_in_memory_equals_a_slow_reference(family: str, plan: Callable[[P
 def test_merging_on_disk_equals_merging_in_memory(
     family: str, plan: Callable[[PreTrainedModel], Keep], tmp_path: Path
 ) -> None:
-    """Also where the experts of a group lie in different files, and are written to different ones."""
+    """Also where the experts of a group lie in different files, and are written to different ones.
+
+    Aligned, with the router's rows; the test of types below does without, and in half precision with.
+    """
     model = tiny_model(family)
     keep = plan(model)
-    merge = some_merge(keep)
+    merge = some_merge(keep, align=True, router="mean")
     expected = cut(model, keep, merge)
     save_scattered(model, tmp_path / "full")
     for shard_bytes in (4 << 30, 20_000):
@@ -132,7 +135,7 @@ def test_the_mean_is_exact_and_rounded_once(family: str, dtype: torch.dtype, tmp
     for full_layer, layer in zip(find_moe_layers(model), find_moe_layers(merged), strict=True):
         for name, tensor in layer.experts.named_parameters(recurse=False):
             assert tensor.dtype == dtype
-            for expert, group in merge[full_layer.name].items():
+            for expert, group in merge.groups[full_layer.name].items():
                 expected = reference.mean_experts(full_layer.experts, group)[name]
                 found = tensor[keep[full_layer.name].index(expert)].double()
                 torch.testing.assert_close(found, expected, atol=min(1e-7, step), rtol=step)
@@ -151,11 +154,12 @@ def test_joined_experts_without_weight_change_nothing(family: str, tmp_path: Pat
     """Plain pruning, bit by bit, whether the rest weighs 0 or is not named."""
     model = tiny_model(family)
     keep = non_uniform_plan(model)
-    groups = some_merge(keep)
+    groups = some_merge(keep).groups
     model.save_pretrained(tmp_path / "full")
     compact_checkpoint(str(tmp_path / "full"), keep, tmp_path / "plain")
     for turn, merge in enumerate(
-        (
+        Merge(these, align=True, router="mean")
+        for these in (
             {name: {k: {i: float(i == k) for i in g} for k, g in of.items()} for name, of in groups.items()},
             {name: {k: {k: 1.0} for k in of} for name, of in groups.items()},
             {},
@@ -174,12 +178,12 @@ def test_merging_copies_changes_nothing(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for layer in find_moe_layers(model):
             for stack in layer.experts.parameters(recurse=False):
-                for kept, group in merge[layer.name].items():
+                for kept, group in merge.groups[layer.name].items():
                     for expert in group:
                         stack[expert] = stack[kept]
     assert bits_of(cut(model, keep, merge)) == bits_of(cut(model, keep))
     model.save_pretrained(tmp_path / "full")
-    for name, groups in (("plain", {}), ("merged", merge)):
+    for name, groups in (("plain", NO_MERGE), ("merged", merge)):
         compact_checkpoint(str(tmp_path / "full"), keep, tmp_path / name, merge=groups)
     assert bits(weights_of(tmp_path / "merged")) == bits(weights_of(tmp_path / "plain"))
 
@@ -188,7 +192,7 @@ def test_a_dropped_expert_in_no_group_is_thrown_away() -> None:
     model = tiny_model("mixtral")
     keep = uniform_plan(model)
     name = next(iter(keep))
-    merged = cut(model, keep, {name: {2: {2: 0.75, 6: 0.25}}})
+    merged = cut(model, keep, Merge({name: {2: {2: 0.75, 6: 0.25}}}))
     plain = cut(model, keep)
     changed = {key for key, data in bits_of(merged).items() if data != bits_of(plain)[key]}
     assert {key.rpartition(".experts.")[0] for key in changed} == {name}
@@ -201,7 +205,7 @@ def test_what_weighs_nothing_is_not_looked_at() -> None:
     layer = find_moe_layers(model)[0]
     with torch.no_grad():
         layer.experts.down_proj[3] = torch.inf
-    assert bits_of(cut(model, keep, {layer.name: {0: {0: 1.0, 3: 0.0}}})) == bits_of(cut(model, keep))
+    assert bits_of(cut(model, keep, Merge({layer.name: {0: {0: 1.0, 3: 0.0}}}))) == bits_of(cut(model, keep))
 
 
 def test_the_order_of_a_group_says_nothing() -> None:
@@ -210,9 +214,9 @@ def test_the_order_of_a_group_says_nothing() -> None:
     merge = some_merge(keep)
     turned = {
         name: {k: dict(reversed(group.items())) for k, group in reversed(groups.items())}
-        for name, groups in merge.items()
+        for name, groups in merge.groups.items()
     }
-    assert bits_of(cut(model, keep, turned)) == bits_of(cut(model, keep, merge))
+    assert bits_of(cut(model, keep, Merge(turned))) == bits_of(cut(model, keep, merge))
 
 
 def test_by_hand() -> None:
@@ -260,7 +264,7 @@ def test_quantised_experts_are_refused(family: str, dtype: torch.dtype, tmp_path
         assert "\n" not in str(refusal.value) and ".experts." in str(refusal.value)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     compact_checkpoint(source, keep, tmp_path / "plain")
-    compact_checkpoint(source, keep, tmp_path / "empty", merge={})
+    compact_checkpoint(source, keep, tmp_path / "empty", merge=NO_MERGE)
 
     for layer in find_moe_layers(model):
         layer.experts.down_proj = torch.nn.Parameter(layer.experts.down_proj.to(dtype), requires_grad=False)
@@ -300,7 +304,9 @@ def test_a_damaged_stack_is_refused(bad: float, expert: int, tmp_path: Path) -> 
         layer.experts.down_proj_bias[expert, 0] = bad
     model.save_pretrained(tmp_path / "full")
     with pytest.raises(InputError, match="down_proj_bias holds values that are not finite"):
-        compact_checkpoint(str(tmp_path / "full"), keep, tmp_path / "out", merge={layer.name: {0: {0: 0.9, 3: 0.1}}})
+        compact_checkpoint(
+            str(tmp_path / "full"), keep, tmp_path / "out", merge=Merge({layer.name: {0: {0: 0.9, 3: 0.1}}})
+        )
 
 
 FAULTS: dict[str, tuple[object, str]] = {
@@ -329,10 +335,10 @@ def test_faulty_groups_change_nothing(fault: str, tmp_path: Path) -> None:
     save_model(model, tmp_path / "full")
     keep, before = uniform_plan(model), bits_of(model)
     name = list(keep)[1]
-    merge = {name: groups}
+    merge = Merge({name: groups})  # type: ignore[dict-item]
     for act in (
-        lambda: keep_experts(model, keep, merge),  # type: ignore[arg-type]
-        lambda: compact_checkpoint(str(tmp_path / "full"), keep, tmp_path / "out", merge=merge),  # type: ignore[arg-type]
+        lambda: keep_experts(model, keep, merge),
+        lambda: compact_checkpoint(str(tmp_path / "full"), keep, tmp_path / "out", merge=merge),
     ):
         with pytest.raises(InputError) as refusal:
             act()
@@ -347,4 +353,4 @@ def test_groups_of_other_layers_are_refused() -> None:
     first, second = (layer.name for layer in find_moe_layers(model))
     for layer, said in (("model.layers.7.mlp", "model.layers.7.mlp"), (second, "keeps it too")):
         with pytest.raises(InputError, match=said):
-            keep_experts(model, {first: [0, 1]}, {layer: {0: {0: 0.5, 4: 0.5}}})
+            keep_experts(model, {first: [0, 1]}, Merge({layer: {0: {0: 0.5, 4: 0.5}}}))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_moe.pruning.merging import merge_groups
+from lightning_moe.pruning.budget import make_plan
+from lightning_moe.pruning.merging import merge_dominant, merge_groups, usage_weighted
+from lightning_moe.pruning.scores import score_experts
+from lightning_moe.stats.store import ModelStats
+from tests.criteria.test_criteria import random_layer, stats_of
 from tests.helpers import reference
 
 LAYER = "model.layers.0.mlp"
@@ -73,3 +79,24 @@ def test_renaming_the_experts_renames_the_groups() -> None:
     assert renamed.keys() == {new[i] for i in groups}
     for expert, group in groups.items():
         assert renamed[new[expert]] == pytest.approx({new[i]: weight for i, weight in group.items()})
+
+
+def test_m_smoe_joins_the_dominant_expert_with_the_nearest_logits() -> None:
+    """By the cosine of the logits over all tokens, weighted by use; the dominant ones are the most used."""
+    raw = random_layer(0, num_experts=6)
+    stats = ModelStats("tiny", "data", [stats_of(raw)])
+    name = stats.layers[0].shape.name
+    logits = [[math.log(p) for p in token.probabilities] for token in raw.tokens]
+    used = stats.layers[0].count_E.tolist()
+    keep = make_plan(score_experts(stats, "euf"), 0.5, "layer").keep
+    assert keep[name] == sorted(sorted(range(6), key=lambda i: (-used[i], i))[:3])
+    merge = merge_dominant(stats, keep)
+    expected = reference.dominant_groups(keep[name], logits, used)
+    assert merge.groups[name].keys() == expected.keys()
+    assert all(merge.groups[name][kept] == pytest.approx(expected[kept]) for kept in expected)
+    assert merge.settings == {"align": True, "router": "mean"}
+
+
+def test_experts_that_were_never_used_weigh_the_same() -> None:
+    assert usage_weighted({2: [0, 1], 3: []}, [0.0, 0.0, 0.0, 5.0]) == {2: {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}}
+    assert usage_weighted({0: [1]}, [3.0, 1.0]) == {0: {0: 0.75, 1: 0.25}}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.merged_experts import Merge, Router
 from lightning_moe.pruning.plan import VERSION, PruningPlan, agreement, compose, cut_shapes, load_plan
 
 SHAPES = [
@@ -53,8 +54,9 @@ def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "new"]
 
 
-def test_a_plan_that_merges_comes_back_as_it_was(tmp_path: Path) -> None:
-    plan = PruningPlan(KEEP, MODEL, "data@23", {"method": "reap"}, MERGE)
+@pytest.mark.parametrize(("align", "router"), [(False, "kept"), (True, "mean")])
+def test_a_plan_that_merges_comes_back_as_it_was(align: bool, router: Router, tmp_path: Path) -> None:
+    plan = PruningPlan(KEEP, MODEL, "data@23", {"method": "reap"}, Merge(MERGE, align, router))
     assert plan.num_merged == 3
     plan.save(tmp_path / "plan.json")
     loaded = load_plan(tmp_path / "plan.json")
@@ -74,7 +76,9 @@ def test_a_plan_that_does_not_merge_says_nothing_of_it(tmp_path: Path) -> None:
 
 def test_few_digits_are_enough(tmp_path: Path) -> None:
     merge = {"model.layers.0.mlp": {"3": {"1": 0.333, "2": 0.333, "3": 0.333}}}
-    load_plan(written(tmp_path, {"keep": KEEP, "merge": merge})).check(SHAPES, MODEL)
+    plan = load_plan(written(tmp_path, {"keep": KEEP, "merge": merge}))
+    plan.check(SHAPES, MODEL)
+    assert plan.merge.settings == {"align": False, "router": "kept"}  # as all plans before there was a choice
 
 
 def test_saving_replaces_what_was_there(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.expert_stats import ExpertStats
 from lightning_moe.stats.layer_stats import TENSORS, LayerStats
 from lightning_moe.stats.observation import Observation
+from lightning_moe.stats.similarity import router_similarity
 from lightning_moe.stats.store import ModelStats, load_stats
 from lightning_moe.stats.weights import largest_singular_value, stable_rank, weight_stats
 from tests.helpers import reference
@@ -362,6 +363,7 @@ def test_raw_sums_equal_the_reference(num_tokens: int, top_k: int, seed: int) ->
                 reference.Visit(int(e), float(w), f.tolist())
                 for e, w, f in zip(rows["ids"][t], rows["weights"][t], rows["outputs"][t], strict=True)
             ],
+            logits=rows["logits"][t].tolist(),
         )
         for t in range(num_tokens)
         if rows["mask"][t]
@@ -534,6 +536,21 @@ def refusal_of(file: Path) -> str:
 
 def test_missing_statistics_are_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal_of(tmp_path / "stats.safetensors")
+
+
+def test_an_older_version_is_read_and_lacks_what_it_did_not_have(stored: Path) -> None:
+    whole = load_stats(stored)
+    tensors = {name: tensor for name, tensor in load_file(stored).items() if not name.endswith("logit_products_EE")}
+    with safe_open(stored, "pt") as file:
+        metadata = dict(file.metadata())
+    save_file(tensors, stored, metadata=metadata | {"version": "2"})
+    for layer, expected in zip(load_stats(stored).layers, whole.layers, strict=True):
+        assert layer.logit_products_EE.shape == expected.logit_products_EE.shape
+        assert all(torch.equal(getattr(layer, name), getattr(expected, name)) for name in ("count_E", "hsic_EE"))
+        with pytest.raises(InputError, match="older version"):
+            router_similarity(layer)
+    rewrite(stored, version="3")
+    refusal_of(stored)
 
 
 def test_a_newer_version_is_refused_with_its_number(stored: Path) -> None:
