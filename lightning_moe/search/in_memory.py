@@ -67,14 +67,14 @@ def score_in_memory(
     criterion = get_criterion(method)
     layers = observation.compute(criterion.stable_ranks)
     if criterion.gradients:
-        layers = with_gradients(layers, _gradients(model, batches, gradient_memory))
+        layers = with_gradients(layers, gradient_figures(model, batches, gradient_memory))
     return score_experts(ModelStats("", "", layers), method, direction, seed)
 
 
-def _gradients(
+def gradient_figures(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], gibibytes: float
 ) -> dict[str, dict[str, Tensor]]:
-    """The gradient figures of all layers, by name."""
+    """The figures of gradients of all layers, by name; every rank is given the same batches."""
     found: dict[str, dict[str, Tensor]] = {}
     for chunk in layer_chunks(find_moe_layers(model), gibibytes):
         sums = GradientSums(chunk)
