@@ -213,10 +213,11 @@ def trade(chunks: Sequence[Sequence[MoELayer]], gibibytes: float) -> str:
     """One line for people: how many passes the gradients take, and what they hold; every rank must call it."""
     layers = [layer for chunk in chunks for layer in chunk]
     most = max(sum(sum_bytes(chunk)) for chunk in chunks)
+    size = f"{most / (1 << 30):.3g} GiB" if most >> 30 else f"{most / (1 << 20):.3g} MiB"
     passes = f"{len(chunks)} passes" if len(chunks) > 1 else "1 pass"
     return (
         f"gradients of {len(layers)} layers: {passes} of forward and backward over the text, {max(map(len, chunks))} "
-        f"layers at once, holding {most / (1 << 20):,.1f} MiB of sums on each rank (gradient_memory {gibibytes:g} GiB)"
+        f"layers at once, holding {size} of sums on each rank (gradient_memory {gibibytes:g} GiB)"
     )
 
 
