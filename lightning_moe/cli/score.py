@@ -20,6 +20,7 @@ from lightning_moe.cli.request import (
     seed,
 )
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
@@ -46,8 +47,8 @@ def score(
     asked, stored = run.request, run.folder / "stats.safetensors"
     if run.finished:
         found = _stored(stored, asked["model_id"], asked["precision"], run.finished["data_fingerprint"])
-        scored = "egn" in run.finished["methods"]
-        if found is not None and (scored or not gradients):
+        wanted = {criterion.name for criterion in criteria() if criterion.gradients and gradients}
+        if found is not None and wanted <= set(run.finished["methods"]):
             return run.finished
     stats = observe(trainer, model, data, run, gradients, anew=overwrite)
     if not trainer.is_global_zero:

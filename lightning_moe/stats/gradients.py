@@ -27,8 +27,11 @@ SMALLEST_STD = 1e-30
 GRADIENT_MEMORY = 8.0
 """GiB of sums that a rank holds at once, where nobody says otherwise."""
 
-BLOCK_VALUES = 1 << 22
-"""Values of a gradient that are multiplied in float64 at once."""
+BLOCK_VALUES = 1 << 15
+"""Values of a gradient that are looked at in float64 at once: few enough to stay in a core's cache."""
+
+MULTIPLIED = 1 << 14
+"""Values of each expert's gradient that are multiplied at once, in float32."""
 
 
 class GradientSums:
@@ -152,28 +155,29 @@ def neuron_figures(gradient_HF: Tensor) -> Tensor:
     expert has one side of each, however it is stored, and the order of neurons means nothing. The figures of an
     expert are sums over its matrices.
     """
-    gradient_HF = gradient_HF.double()
-    square_H = gradient_HF.square().sum(1)
-    variance_H = square_H / gradient_HF.shape[1] - gradient_HF.mean(1).square()
-    off_HF = gradient_HF - gradient_HF.mean(0)
-    limit_F = OUTLIER_STDS * off_HF.square().mean(0).sqrt()
-    return torch.stack(
-        [
-            variance_H.clamp(min=SMALLEST_STD**2).log().sum() / 2,
-            (off_HF.abs() > limit_F).count_nonzero().double(),
-            square_H.sqrt().sum(),
-        ]
-    )
+    width, neurons = gradient_HF.shape
+    sums_2H = torch.zeros(2, width, dtype=torch.float64, device=gradient_HF.device)
+    outliers = torch.zeros((), dtype=torch.float64, device=gradient_HF.device)
+    for block_HF in gradient_HF.split(max(1, BLOCK_VALUES // width), dim=1):
+        block_HF = block_HF.double()
+        sums_2H[0] += block_HF.sum(1)
+        sums_2H[1] += block_HF.square().sum(1)
+        off_HF = block_HF - block_HF.mean(0)
+        limit_F = OUTLIER_STDS * off_HF.square().mean(0).sqrt()
+        outliers += (off_HF.abs_() > limit_F).count_nonzero()
+    variance_H = sums_2H[1] / neurons - (sums_2H[0] / neurons).square()
+    log_std = variance_H.clamp(min=SMALLEST_STD**2).log().sum() / 2
+    return torch.stack([log_std, outliers, sums_2H[1].sqrt().sum()])
 
 
 def _products(gradient: Tensor) -> Tensor:
-    """This rank's share of the products of the experts' flattened gradients, ``(E, E)``, float64."""
+    """This rank's share of the products of the experts' flattened gradients, ``(E, E)``: a float64 sum of blocks."""
     flat = gradient.flatten(1)
     dot_EE = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for number, block in enumerate(flat.split(max(1, BLOCK_VALUES // len(flat)), dim=1)):
-        if number % num_ranks() == rank():
-            part = block.double()
-            dot_EE += part @ part.T
+    with torch.autocast(flat.device.type, enabled=False):
+        for number, block in enumerate(flat.split(MULTIPLIED, dim=1)):
+            if number % num_ranks() == rank():
+                dot_EE += block @ block.T
     return dot_EE
 
 
