@@ -115,7 +115,7 @@ class GradientSums:
         dot_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
         sums_3E = torch.zeros(3, num_experts, dtype=torch.float64, device=device)
         for name, stack in stacked_parameters(layer.experts).items():
-            gradient = self._gathered((layer.name, name), stack)
+            gradient = self._gathered(layer, name, stack)
             dot_EE += _products(gradient)
             for gradient_EHF in layer.matrices_of(name, gradient):
                 for expert in range(rank(), num_experts, num_ranks()):  # ranks share the work
@@ -137,11 +137,11 @@ class GradientSums:
         }
         return figures if layer.kept is None else only_experts(figures, layer.kept)
 
-    def _gathered(self, key: tuple[str, str], stack: Tensor) -> Tensor:
+    def _gathered(self, layer: MoELayer, name: str, stack: Tensor) -> Tensor:
         """The sum over all ranks of one stack's gradient, as a whole; it is held no longer."""
-        held = self._sums.pop(key, None)
+        held = self._sums.pop((layer.name, name), None)
         if held is None:
-            return torch.zeros(stack.shape, dtype=torch.float32, device=stack.device)
+            return torch.zeros(stack.shape, dtype=torch.float32, device=layer.router_weight.device)
         if is_split(held):
             return whole(held).mul_(num_ranks())  # FSDP2 has averaged over ranks
         return sum_over_ranks(held)
