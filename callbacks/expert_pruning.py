@@ -31,6 +31,7 @@ from lightning_moe.pruning.round_record import RoundRecord, make_record, write_r
 from lightning_moe.pruning.schedule import Spacing, check_rounds, make_schedule, round_seed
 from lightning_moe.search.in_memory import check_method, score_in_memory
 from lightning_moe.search.presets import preset_of
+from lightning_moe.stats.gradients import GRADIENT_MEMORY, check_gradient_memory
 
 
 class ExpertPruning(Callback):
@@ -63,6 +64,7 @@ class ExpertPruning(Callback):
             null measures nothing.
         folder: Where ``rounds.jsonl`` goes.
         seed: Of random scores and searches.
+        gradient_memory: GiB of summed gradients that a rank holds at once, for criteria on gradients.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class ExpertPruning(Callback):
         evaluation: Batches | None = None,
         folder: Path | str | None = None,
         seed: int = 0,
+        gradient_memory: float = GRADIENT_MEMORY,
     ) -> None:
         check_method(method)
+        check_gradient_memory("ExpertPruning: gradient_memory", gradient_memory)
         if direction is not None and preset_of(method) is not None:
             raise InputError(f"ExpertPruning: direction {direction}: {method} is a search, no criterion; leave it out.")
         for name, value, known in (
@@ -110,6 +114,7 @@ class ExpertPruning(Callback):
         self.method, self.scope, self.direction, self.floor = method, scope, direction, floor
         self.optimizer, self.cosine, self.min_lr_ratio = optimizer, cosine, min_lr_ratio
         self.folder, self.seed = None if folder is None else Path(folder), seed
+        self.gradient_memory = gradient_memory
         self.records: list[RoundRecord] = []
         self.tokens = 0
         """Trained on so far, over all ranks."""
@@ -221,7 +226,7 @@ class ExpertPruning(Callback):
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
             seed, batches = round_seed(self.seed, turn), batches_of(self.calibration)
-            scores = score_in_memory(model, batches, self.method, self.direction, seed)
+            scores = score_in_memory(model, batches, self.method, self.direction, seed, self.gradient_memory)
         seconds["estimate"] = time.perf_counter() - start
         plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._whole)
         guests: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -6,10 +6,13 @@ import re
 
 import pytest
 
-from benchmarks import diep_step, finetune, fsdp, gates, observe, prune_save, skipping
+from benchmarks import diep_step, finetune, fsdp, gates, gradient_criteria, observe, prune_save, skipping
 from benchmarks.ratios import median_ratio
 
-LONG = [pytest.param(benchmark, marks=pytest.mark.scale) for benchmark in (diep_step, skipping, finetune, fsdp)]
+LONG = [
+    pytest.param(benchmark, marks=pytest.mark.scale)
+    for benchmark in (diep_step, skipping, finetune, gradient_criteria, fsdp)
+]
 
 
 @pytest.mark.slow

@@ -44,8 +44,8 @@ from lightning_moe.report.comparison_table import show_comparison
 from lightning_moe.stats.store import ModelStats
 from lightning_moe.strategies import MoEFSDPStrategy
 
-OBSERVATION = "observation"
-"""The record that says how long the shared pass took."""
+OBSERVATION, GRADIENTS = "observation", "gradient-passes"
+"""The records that say how long the shared passes took."""
 
 
 def compare(
@@ -114,17 +114,18 @@ def compare(
             "finished": True,
             "computed": comparison.computed,
             "failed": len(failed),
-            "observation_seconds": comparison.observation_seconds,
+            "observation_seconds": comparison.seconds_of(OBSERVATION),
+            "gradient_seconds": comparison.seconds_of(GRADIENTS),
             "spread": entries,
             "cells": rows,
         }
         run.save(figures) if failed else run.finish(figures)
         show_comparison(entries)
         _note_orders(rows, say.print)
-        if comparison.observation_seconds is not None:
-            say.print(
-                f"Methods on statistics shared one pass over the text of {comparison.observation_seconds:,.3g} s."
-            )
+        for what, shared in ((OBSERVATION, "statistics shared one pass"), (GRADIENTS, "gradients shared passes")):
+            seconds = comparison.seconds_of(what)
+            if seconds is not None:
+                say.print(f"Methods on {shared} over the text of {seconds:,.3g} s.")
         earlier = len(rows) - len(failed) - comparison.computed
         say.print(f"{comparison.computed} cells computed now, {earlier} earlier, {len(failed)} failed.")
         say.print(f"Results are in {out}: compare.csv, compare.json, and a file for each cell in cells.")
@@ -166,21 +167,22 @@ class Comparison:
         self.computed = 0
         """Cells computed, not found."""
 
-    @property
-    def observation_seconds(self) -> float | None:
-        """Of the pass that all methods on statistics share; None when it was not this command that made it.
+    def seconds_of(self, what: str) -> float | None:
+        """Of the passes that all methods on statistics, or on gradients, share; None when others had made them.
 
-        After a kill within the pass, only of the part that came later.
+        After a kill within a pass, only of the part that came later.
         """
-        record = self._scores.get(OBSERVATION)
+        record = self._scores.get(what)
         return None if record is None else float(record["seconds"])
 
-    def _observed(self, whole: MoECausalLM) -> ModelStats:
+    def _observed(self, whole: MoECausalLM, gradients: bool) -> ModelStats:
         file, start = self.run.folder / "stats.safetensors", time.perf_counter()
         before = file.stat().st_mtime_ns if file.exists() else None
-        stats = observe(self.trainer, whole, self.data, self.run, self._anew)
+        anew, self._anew = self._anew, False  # gradients are added to what is anew already
+        stats = observe(self.trainer, whole, self.data, self.run, gradients, anew)
         if self.trainer.is_global_zero and file.stat().st_mtime_ns != before:
-            self._scores.put(OBSERVATION, {"seconds": round(time.perf_counter() - start, 3)})
+            what = GRADIENTS if gradients else OBSERVATION
+            self._scores.put(what, {"seconds": round(time.perf_counter() - start, 3)})
         return stats
 
     def rows(self, grid: Sequence[Cell], say: Callable[[str], None]) -> list[dict[str, Any]]:

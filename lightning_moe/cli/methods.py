@@ -38,7 +38,7 @@ class Job:
         trainer: How and where to run.
         model: The model.
         data: The calibration text.
-        observe: Makes, or finds, the statistics of the whole model on that text.
+        observe: Makes, or finds, the statistics of the whole model on that text; told whether with gradients.
         identity: What scores say they were made for; default is the id of the checkpoint.
     """
 
@@ -47,7 +47,7 @@ class Job:
         trainer: Trainer,
         model: MoECausalLM,
         data: TextDataModule,
-        observe: Callable[[MoECausalLM], ModelStats],
+        observe: Callable[[MoECausalLM, bool], ModelStats],
         identity: str | None = None,
     ) -> None:
         self.trainer, self.data = trainer, data
@@ -57,7 +57,7 @@ class Job:
         self._model, self._observe = model, observe
         self._cut = False
         self._stats: ModelStats | None = None
-        self._failure: str | None = None
+        self._failures: dict[bool, str] = {}
 
     @property
     def identity(self) -> str:
@@ -73,16 +73,26 @@ class Job:
     @property
     def stats(self) -> ModelStats:
         """The statistics of the model on the calibration text. A pass that failed is not made again."""
-        if self._failure is not None:
-            raise InputError(self._failure)
-        if self._stats is None:
+        return self._made(self._stats, gradients=False)
+
+    @property
+    def gradient_stats(self) -> ModelStats:
+        """The same, with gradients: of further passes that are made when they are first asked for."""
+        stats = self.stats
+        return self._made(stats if stats.has_gradients else None, gradients=True)
+
+    def _made(self, stats: ModelStats | None, gradients: bool) -> ModelStats:
+        if gradients in self._failures:
+            raise InputError(self._failures[gradients])
+        if stats is None:
             with self._preparation():
                 try:
-                    self._stats = self._observe(self._whole())
+                    stats = self._stats = self._observe(self._whole(), gradients)
                 except Exception as error:
-                    self._failure = f"the statistics could not be made: {describe(error)}"
+                    what = "gradients" if gradients else "statistics"
+                    self._failures[gradients] = f"the {what} could not be made: {describe(error)}"
                     raise
-        return self._stats
+        return stats
 
     @contextmanager
     def cut_model(self, keep: Mapping[str, Sequence[int]], merge: Merge = NO_MERGE) -> Iterator[MoECausalLM]:
@@ -146,6 +156,8 @@ class Method:
     """Whether it works on the text itself; otherwise statistics of it will do."""
     stable_ranks: bool = True
     """Whether it may look at the stable ranks of the weights, which are dear."""
+    gradients: bool = False
+    """Whether it looks at gradients, which take passes of their own."""
     per_ratio: bool = False
     """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes."""
     criterion: bool = False
@@ -167,6 +179,10 @@ class Method:
         ]
         return "-".join(words)
 
+    def stats(self, job: Job) -> ModelStats:
+        """The statistics that it looks at."""
+        return job.gradient_stats if self.gradients else job.stats
+
     def run(self, job: Job, ratio: float, seed: int | None, folder: Path) -> ExpertScores:
         """Score all experts; of ``ratio`` and ``seed`` it is given what it depends on."""
         return self.scores(job, ratio if self.per_ratio else None, (seed or 0) if self.seeded else 0, folder)
@@ -174,11 +190,17 @@ class Method:
 
 def _of_criterion(criterion: Criterion) -> Method:
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
-        return score_experts(job.stats, criterion.name, seed=seed)
+        stats = job.gradient_stats if criterion.gradients else job.stats
+        return score_experts(stats, criterion.name, seed=seed)
 
-    seeded = criterion.name == "random"
     return Method(
-        criterion.name, criterion.summary, scores, seeded, stable_ranks=criterion.stable_ranks, criterion=True
+        criterion.name,
+        criterion.summary,
+        scores,
+        seeded=criterion.name == "random",
+        stable_ranks=criterion.stable_ranks,
+        gradients=criterion.gradients,
+        criterion=True,
     )
 
 

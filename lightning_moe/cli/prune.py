@@ -15,7 +15,6 @@ from lightning_moe.cli.request import asked_batches, asked_data, asked_model, mo
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import known_stats, observe
 from lightning_moe.cli.skipping import Skipping, wanted_entry
-from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -24,7 +23,7 @@ from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
 from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.merging import merge_alike
 from lightning_moe.pruning.plan import PruningPlan, load_plan
-from lightning_moe.pruning.scores import ExpertScores, load_scores, score_experts, write_scores
+from lightning_moe.pruning.scores import ExpertScores, load_scores, score_by_all, score_experts, write_scores
 from lightning_moe.stats.store import ModelStats
 
 
@@ -86,6 +85,11 @@ def prune(
         check_ratio(shapes, cut.ratio, cut.scope, cut.floor)  # an impossible one is refused before any work
         if stats_file is not None:
             stats = known_stats(stats_file, identity, shapes)
+            if method.gradients and not stats.has_gradients:
+                raise InputError(
+                    f"--stats {stats_file}: it holds no gradients, which {cut.method} needs; give --data.path, or "
+                    "`score` this model with --gradients true first."
+                )
             source: dict[str, Any] = {"stats": stats.data_fingerprint}
         elif scores_file is not None:
             if cut.direction is not None:
@@ -110,13 +114,13 @@ def prune(
         return run.finished
     if plan is None and not scores:
         known = stats
-        job = Job(trainer, model, data, lambda whole: known or observe(trainer, whole, data, run))
-        stats = job.stats
+        job = Job(trainer, model, data, lambda whole, gradients: known or observe(trainer, whole, data, run, gradients))
+        stats = method.stats(job)
         if method.criterion:
             scores = [score_experts(stats, cut.method, cut.direction, seed())]
         else:
             scores = [method.run(job, cut.ratio, seed(), run.partial(method=cut.method))]
-        scores += [score_experts(stats, one.name, seed=seed()) for one in criteria() if one.name != cut.method]
+        scores += [one for one in score_by_all(stats, seed()) if one.method != cut.method]
     if plan is None:
         plan = make_plan(scores[0], cut.ratio, cut.scope, cut.floor)
         if rule is not None and stats is not None:

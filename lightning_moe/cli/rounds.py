@@ -45,6 +45,7 @@ from lightning_moe.pruning.round_record import (
 )
 from lightning_moe.pruning.schedule import RoundSchedule, round_seed
 from lightning_moe.pruning.scores import ExpertScores, score_experts
+from lightning_moe.stats.store import ModelStats
 
 SAVE_SECONDS = 300.0
 """Seconds of tuning between two saves."""
@@ -228,15 +229,16 @@ class Rounds:
         assert method is not None
         identity = self.identity if turn == 1 else f"{self.identity}+{turn - 1}-rounds"
 
-        def observe(model: MoECausalLM) -> Any:
+        def observe(model: MoECausalLM, gradients: bool) -> ModelStats:
             file, partial = place / "stats.safetensors", place / "observation"
             precision, ranks = weights_type(self.trainer, model), method.stable_ranks
-            return observe_into(self.trainer, model, self.data, file, partial, identity, precision, stable_ranks=ranks)
+            where = (self.trainer, model, self.data, file, partial, identity, precision)
+            return observe_into(*where, stable_ranks=ranks, gradients=gradients)
 
         job = Job(self.trainer, self.model, self.data, observe, identity)
         seed = round_seed(request.seed, turn) if method.seeded else 0
         if request.direction is not None and not method.needs_text:
-            return score_experts(job.stats, method.name, request.direction, seed)
+            return score_experts(method.stats(job), method.name, request.direction, seed)
         return method.run(job, request.schedule.ratios[-1], seed, place / "search")
 
     def _measured(self, seconds: dict[str, float]) -> dict[str, Any]:

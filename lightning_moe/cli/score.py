@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
+from lightning_moe.cli.gradient_pass import add_gradients, forget_gradients
 from lightning_moe.cli.request import (
     asked_data,
     asked_model,
@@ -27,25 +28,33 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, same_model
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.ranks import check_shared
-from lightning_moe.pruning.scores import score_experts, write_scores
+from lightning_moe.pruning.scores import score_by_all, write_scores
+from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.store import VERSION, ModelStats, load_stats
 
 
 def score(
-    trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool
+    trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool, gradients: bool = False
 ) -> dict[str, Any] | None:
-    """Write stats.safetensors and scores.json."""
+    """Write stats.safetensors and scores.json.
+
+    ``gradients`` adds those criteria, to results that are there too: they change no other figure, so the request is
+    the same.
+    """
     path = model_path(model)
     layer_shapes(path)
     run = RunFolder(out, "score", asked_model(trainer, model) | asked_data(data) | {"seed": seed()}, overwrite)
     asked, stored = run.request, run.folder / "stats.safetensors"
-    if run.finished and _stored(stored, asked["model_id"], asked["precision"], run.finished["data_fingerprint"]):
-        return run.finished
-    stats = observe(trainer, model, data, run, anew=overwrite)
+    if run.finished:
+        found = _stored(stored, asked["model_id"], asked["precision"], run.finished["data_fingerprint"])
+        wanted = {criterion.name for criterion in criteria() if criterion.gradients and gradients}
+        if found is not None and wanted <= set(run.finished["methods"]):
+            return run.finished
+    stats = observe(trainer, model, data, run, gradients, anew=overwrite)
     if not trainer.is_global_zero:
         return None
     run.begin()
-    methods = [score_experts(stats, criterion.name, seed=seed()) for criterion in criteria()]
+    methods = score_by_all(stats, seed())
     write_scores(run.folder / "scores.json", methods)
     return run.finish(
         {
@@ -61,15 +70,21 @@ def score(
 
 
 def observe(
-    trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: RunFolder, anew: bool = False
+    trainer: Trainer,
+    model: MoECausalLM,
+    data: TextDataModule,
+    run: RunFolder,
+    gradients: bool = False,
+    anew: bool = False,
 ) -> ModelStats:
     """The statistics of this model on this text: from the run folder if it holds them, else from one pass.
 
-    ``anew`` makes the pass in any case. A pass that was killed goes on from its last save.
+    ``gradients`` adds those, ``anew`` makes the passes in any case. A pass that was killed goes on from its last save.
     """
     partial = run.partial(batch_size=data.batch_size, world_size=trainer.world_size, stats=VERSION)
     identity, precision = run.request["model_id"], run.request["precision"]
-    return observe_into(trainer, model, data, run.folder / "stats.safetensors", partial, identity, precision, anew)
+    file = run.folder / "stats.safetensors"
+    return observe_into(trainer, model, data, file, partial, identity, precision, anew, gradients=gradients)
 
 
 def observe_into(
@@ -82,20 +97,42 @@ def observe_into(
     precision: str,
     anew: bool = False,
     stable_ranks: bool = True,
+    gradients: bool = False,
 ) -> ModelStats:
-    """The statistics in ``file``, or those of one pass, written there; ``partial`` is for the unfinished pass.
+    """The statistics in ``file``, or those of one pass, written there; ``partial`` is for unfinished passes.
 
-    ``stable_ranks``: see ``weight_stats``.
+    ``gradients`` adds those, of further passes. ``stable_ranks``: see ``weight_stats``.
     """
     data.setup("predict")
-    fingerprint = data.text.fingerprint
-    stored = None if anew else _stored(file, identity, precision, fingerprint)
-    if stored is not None:
-        return stored
+    stats = None if anew else _stored(file, identity, precision, data.text.fingerprint)
+    if stats is not None and (stats.has_gradients or not gradients):
+        return stats
     refuse_less_text(trainer, "limit_predict_batches")
     model.prepare(trainer)
     check_shared(partial)
     check_vocabulary(model, data)
+    if stats is None:
+        layers = _observed(trainer, model, data, partial, stable_ranks)
+        stats = ModelStats(identity, data.text.fingerprint, layers, precision)
+        _keep(trainer, stats, file)
+    if gradients:
+        stats = add_gradients(trainer, model, data, stats, partial)
+        _keep(trainer, stats, file)
+        if trainer.is_global_zero:
+            forget_gradients(partial)
+    return stats
+
+
+def _keep(trainer: Trainer, stats: ModelStats, file: Path) -> None:
+    if trainer.is_global_zero:
+        stats.save(file)
+    trainer.strategy.barrier()  # whoever looks for the file next must find it
+
+
+def _observed(
+    trainer: Trainer, model: MoECausalLM, data: TextDataModule, partial: Path, stable_ranks: bool
+) -> list[LayerStats]:
+    """The statistics of one pass, which goes on from an earlier one's last save in ``partial``."""
 
     def resume(batch: int) -> None:
         data.start_batch = batch
@@ -112,10 +149,7 @@ def observe_into(
         raise
     finally:
         trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
-    stats = ModelStats(identity, fingerprint, observation.layers, precision)
-    if trainer.is_global_zero:
-        stats.save(file)
-    return stats
+    return observation.layers
 
 
 def known_stats(stats_file: str, identity: str, shapes: Sequence[LayerShape]) -> ModelStats:

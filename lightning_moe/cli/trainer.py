@@ -36,16 +36,25 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
         except ValueError as error:  # a name of a strategy, precision or profiler that Lightning does not know
             raise InputError(f"--trainer: {first_line(error)}") from error
 
-    def score(self, model: MoECausalLM, datamodule: TextDataModule, out: str, overwrite: bool = False) -> None:
+    def score(
+        self,
+        model: MoECausalLM,
+        datamodule: TextDataModule,
+        out: str,
+        gradients: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         """Observe the model on text once and score its experts by every criterion.
 
         Args:
             model: The model.
             datamodule: The calibration text.
             out: Run folder; gets stats.safetensors, scores.json and summary.json.
+            gradients: Score by gradients too (egs ege ego egn), which takes passes of forward and backward; as many as
+                --model.gradient_memory makes of it. Results that are there already get them added.
             overwrite: Replace the results of another request in that folder.
         """
-        show(out, score(self, model, datamodule, out, overwrite))
+        show(out, score(self, model, datamodule, out, overwrite, gradients))
 
     def search(
         self,
@@ -161,9 +170,9 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
             datamodule: The calibration text.
             out: Run folder; gets plan.json, model/, summary.json, and scores.json and stats.safetensors, or with rounds
                 rounds.jsonl and figures/.
-            method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean reap reap-sum
-                man msan seer trimming random), a search as diep or diep-PRESET of `search`, or what merges experts
-                (m-smoe s-smoe).
+            method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean egs ege ego
+                egn reap reap-sum man msan seer trimming random), a search as diep or diep-PRESET of `search`, or what
+                merges experts (m-smoe s-smoe).
             ratio: Fraction of the experts to drop.
             scope: Drop the same number in each layer, or the lowest of all layers.
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.

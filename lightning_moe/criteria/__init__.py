@@ -1,10 +1,9 @@
 """Importance criteria: pure functions from statistics to scores, in one registry.
 
-A new criterion is a function in a file of its family, under ``register``; it is then known to every command. The
-gradient family of MC-Suite (EGS, EGE, EGO, EGN) will stand beside these three in ``gradient.py``.
+A new criterion is a function in a file of its family, under ``register``; it is then known to every command.
 """
 
-from lightning_moe.criteria import activation, inference, weight
+from lightning_moe.criteria import activation, gradient, inference, weight
 from lightning_moe.criteria.registry import (
     Criterion,
     Direction,
@@ -20,6 +19,7 @@ __all__ = [
     "activation",
     "criteria",
     "get_criterion",
+    "gradient",
     "inference",
     "register",
     "register_pairs",

@@ -31,9 +31,16 @@ class Criterion:
     function: Callable[[LayerStats, Direction, int], Tensor]
     stable_ranks: bool = False
     """Whether it needs those, which are dear."""
+    gradients: bool = False
+    """Whether it needs those, which take a backward pass."""
 
     def scores(self, stats: LayerStats, direction: Direction | None = None, seed: int = 0) -> Tensor:
         """Score the experts of a layer: ``(E,)``, float64, higher means keep."""
+        if self.gradients and not stats.has_gradients:
+            raise InputError(
+                f"{stats.shape.name}: criterion {self.name} needs gradients, and the statistics hold none; make them "
+                "with `score --gradients true`."
+            )
         scores_E = self.function(stats, direction or self.direction, seed).double().clone()
         if not bool(scores_E.isfinite().all()):
             raise InputError(f"{stats.shape.name}: criterion {self.name} is not finite; were the statistics damaged?")
@@ -54,18 +61,18 @@ def _summary(function: Callable[..., Tensor]) -> str:
 
 
 def register(
-    name: str, drops: Direction, stable_ranks: bool = False
+    name: str, drops: Direction, stable_ranks: bool = False, gradients: bool = False
 ) -> Callable[[Callable[[LayerStats], Tensor]], Callable[[LayerStats], Tensor]]:
     """Register ``measure(stats) -> (E,)``; experts with the ``drops`` end of it are dropped first.
 
-    ``stable_ranks`` says that it needs them: where only other criteria are asked for, they are not made.
+    ``stable_ranks`` and ``gradients`` say that it needs them: where only other criteria are asked for, none are made.
     """
 
     def decorate(measure: Callable[[LayerStats], Tensor]) -> Callable[[LayerStats], Tensor]:
         def scores(stats: LayerStats, direction: Direction, seed: int) -> Tensor:
             return measure(stats) if direction == "min" else -measure(stats)
 
-        _add(Criterion(name, drops, True, _summary(measure), scores, stable_ranks))
+        _add(Criterion(name, drops, True, _summary(measure), scores, stable_ranks, gradients))
         return measure
 
     return decorate

@@ -18,6 +18,7 @@ from lightning_moe.moe.checkpoints import load_model, new_model
 from lightning_moe.moe.decoding import decode
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
 from lightning_moe.moe.split_tensors import is_split
+from lightning_moe.stats.gradients import GRADIENT_MEMORY, check_gradient_memory
 
 Batch = dict[str, Tensor]
 
@@ -38,6 +39,8 @@ class MoECausalLM(LightningModule):
         weight_decay: On matrices; norms, biases and embeddings are not decayed.
         betas: Of AdamW.
         gradient_checkpointing: Recompute activations in the backward pass.
+        gradient_memory: GiB of summed gradients that a rank holds at once for criteria on gradients. Layers that find
+            no room take further passes over the text; the result is the same.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class MoECausalLM(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         gradient_checkpointing: bool = False,
+        gradient_memory: float = GRADIENT_MEMORY,
     ) -> None:
         super().__init__()
+        check_gradient_memory("--model.gradient_memory", gradient_memory)
         self.path, self.config, self.dtype_name = path, config, dtype
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.gradient_memory = gradient_checkpointing, gradient_memory
         self.model: PreTrainedModel | None = None
         self.moe_layers: list[MoELayer] = []
         self._domain_loss: dict[int, tuple[SumMetric, SumMetric]] = {}

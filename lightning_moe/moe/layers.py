@@ -104,22 +104,28 @@ class MoELayer:
 
     @property
     def expert_matrices(self) -> list[Tensor]:
-        """The experts' matrices as stacks ``(E, ., .)``, a fused gate-and-up stack taken apart.
+        """The experts' matrices, see ``matrices_of``.
 
         Of a model that is split over ranks every rank must ask, and gets them as a whole.
         """
         matrices: list[Tensor] = []
         unpack = vars(self.experts).get(UNPACK, {})
         for name, stored in stacked_parameters(self.experts).items():
-            stack = unpack[name]() if name in unpack else whole(stored)
-            if not name.startswith("gate_up"):
-                matrices.append(stack)
-                continue
-            stack = stack if self.experts.is_transposed else stack.transpose(-2, -1)
-            half = stack.shape[-1] // 2
-            concatenated = bool(self.experts.is_concatenated)
-            matrices += [stack[..., :half], stack[..., half:]] if concatenated else [stack[..., ::2], stack[..., 1::2]]
+            matrices += self.matrices_of(name, unpack[name]() if name in unpack else whole(stored))
         return matrices
+
+    def matrices_of(self, name: str, stack: Tensor) -> list[Tensor]:
+        """The matrices in the experts' parameter ``name``, or in a tensor of its form, as views ``(E, H, F)``.
+
+        Whatever way a family stores them: model width first, a fused gate-and-up stack taken apart.
+        """
+        if bool(self.experts.is_transposed) == (name == "down_proj"):
+            stack = stack.transpose(-2, -1)
+        if not name.startswith("gate_up"):
+            return [stack]
+        half = stack.shape[-1] // 2
+        concatenated = bool(self.experts.is_concatenated)
+        return [stack[..., :half], stack[..., half:]] if concatenated else [stack[..., ::2], stack[..., 1::2]]
 
     @property
     def correction_biases(self) -> list[Tensor]:

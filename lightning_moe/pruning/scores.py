@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_moe.criteria import Direction, get_criterion
+from lightning_moe.criteria import Direction, criteria, get_criterion
 from lightning_moe.errors import InputError, first_line
 from lightning_moe.files import write_json
 from lightning_moe.moe.checkpoints import same_model
@@ -74,6 +74,12 @@ def score_experts(stats: ModelStats, method: str, direction: Direction | None = 
         criterion.comparable,
         {"direction": direction or criterion.direction} | ({"seed": seed} if method == "random" else {}),
     )
+
+
+def score_by_all(stats: ModelStats, seed: int = 0) -> list[ExpertScores]:
+    """Score all experts by every criterion, each in its paper's direction; by those on gradients if there are any."""
+    there = (one for one in criteria() if stats.has_gradients or not one.gradients)
+    return [score_experts(stats, criterion.name, seed=seed) for criterion in there]
 
 
 def load_scores(file: Path, method: str | None, shapes: Sequence[LayerShape], model_id: str) -> ExpertScores:

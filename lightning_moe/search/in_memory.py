@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from lightning_moe.criteria import Direction, get_criterion
 from lightning_moe.errors import InputError
-from lightning_moe.modules.causal_lm import MoECausalLM, padding_mask
+from lightning_moe.modules.causal_lm import MoECausalLM, next_token_loss, padding_mask
 from lightning_moe.moe.decoding import decode
-from lightning_moe.moe.layers import computing_device
+from lightning_moe.moe.layers import computing_device, find_moe_layers
 from lightning_moe.moe.ranks import num_ranks, rank
 from lightning_moe.moe.routing import unwatched
 from lightning_moe.pruning.scores import ExpertScores, score_experts
 from lightning_moe.search.diep import DiEPSearch
 from lightning_moe.search.presets import preset, preset_of
+from lightning_moe.stats.gradients import GRADIENT_MEMORY, GradientSums, layer_chunks, with_gradients
 from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.store import ModelStats
 
@@ -40,12 +41,14 @@ def score_in_memory(
     method: str,
     direction: Direction | None = None,
     seed: int = 0,
+    gradient_memory: float = GRADIENT_MEMORY,
 ) -> ExpertScores:
     """Score the experts of ``model``; it is left as it was, in the mode it was in.
 
     ``batches`` hold ``input_ids`` and, where something is padded, ``attention_mask``; every rank is given the same and
-    computes its share of them. A criterion reads them once; a search again and again until its updates are made, each
-    with a batch of every rank.
+    computes its share of them. A criterion reads them once, one on gradients once more for each chunk of layers that
+    ``gradient_memory`` has room for; a search again and again until its updates are made, each with a batch of every
+    rank.
     """
     name = preset_of(method)
     if name is not None:
@@ -61,8 +64,27 @@ def score_in_memory(
             decode(model, batch["input_ids"], padding_mask(batch))
     if empty:
         raise InputError("no calibration batches; a generator can be read only once, and every round reads.")
-    layers = observation.compute(get_criterion(method).stable_ranks)
+    criterion = get_criterion(method)
+    layers = observation.compute(criterion.stable_ranks)
+    if criterion.gradients:
+        layers = with_gradients(layers, gradient_figures(model, batches, gradient_memory))
     return score_experts(ModelStats("", "", layers), method, direction, seed)
+
+
+def gradient_figures(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], gibibytes: float
+) -> dict[str, dict[str, Tensor]]:
+    """The figures of gradients of all layers, by name; every rank is given the same batches."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for chunk in layer_chunks(find_moe_layers(model), gibibytes):
+        sums = GradientSums(chunk)
+        with evaluating(model), torch.enable_grad(), sums.attached(model):
+            for batch in on_device(batches, computing_device(model)):
+                output = model(input_ids=batch["input_ids"], attention_mask=padding_mask(batch), use_cache=False)
+                loss_B, _ = next_token_loss(output.logits, batch)
+                sums.backward(loss_B.sum())
+        found |= sums.figures()
+    return found
 
 
 def _search(

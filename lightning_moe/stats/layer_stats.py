@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -67,17 +67,38 @@ class LayerStats:
     stable_rank_E: Tensor
     """``sum sigma^2 / sigma_max^2``, mean over the expert's matrices."""
 
+    gradient_cosine_EE: Tensor | None = None
+    """Cosine between the flattened gradients of two experts; like those below, see ``stats.gradients``."""
+    gradient_log_std_E: Tensor | None = None
+    """Log of the standard deviation of the gradient over the expert's neurons, summed over dimensions."""
+    gradient_outliers_E: Tensor | None = None
+    """Entries of the gradient further than 3 std from their mean, over the dimensions of each neuron."""
+    gradient_norm_E: Tensor | None = None
+    """L2 norm of the gradient over the expert's neurons, summed over dimensions."""
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the figures of gradients are there: they need a backward pass, made when somebody asks."""
+        return all(getattr(self, name) is not None for name in GRADIENTS)
+
     def only(self, experts: Sequence[int]) -> LayerStats:
         """The statistics of these experts, as if the others, which no token was sent to, did not exist."""
-        ids = torch.tensor(experts)
-        cut = {}
-        for name in TENSORS:
-            value = getattr(self, name)
-            for dimension, what in enumerate(name.rpartition("_")[2] if name != "tokens" else ""):
-                value = value.index_select(dimension, ids) if what == "E" else value
-            cut[name] = value
+        there = (*TENSORS, *(GRADIENTS if self.has_gradients else ()))
+        cut = only_experts({name: getattr(self, name) for name in there}, experts)
         return replace(self, shape=replace(self.shape, num_experts=len(experts)), **cut)
 
 
+def only_experts(tensors: Mapping[str, Tensor], experts: Sequence[int]) -> dict[str, Tensor]:
+    """The same tensors with these experts alone; a name says by its suffix which dimensions are of experts."""
+    ids, cut = torch.tensor(experts), dict(tensors)
+    for name in tensors:
+        for dimension, what in enumerate(name.rpartition("_")[2] if "_" in name else ""):
+            cut[name] = cut[name].index_select(dimension, ids) if what == "E" else cut[name]
+    return cut
+
+
 TENSORS = tuple(field.name for field in fields(LayerStats) if field.type == "Tensor")
-"""The names of the tensors of ``LayerStats``."""
+"""The names of the tensors that every ``LayerStats`` has."""
+
+GRADIENTS = tuple(field.name for field in fields(LayerStats) if field.type == "Tensor | None")
+"""The names of those that it has when a backward pass was made: all or none."""

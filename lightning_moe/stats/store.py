@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_moe.errors import InputError
 from lightning_moe.files import replaced_file
 from lightning_moe.moe.layers import LayerShape
-from lightning_moe.stats.layer_stats import TENSORS, LayerStats
+from lightning_moe.stats.layer_stats import GRADIENTS, TENSORS, LayerStats
 
 VERSION = 3
 
@@ -33,9 +33,15 @@ class ModelStats:
     dtype: str = "auto"
     """Of the weights while they were observed, as ``--model.dtype`` names it."""
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether all layers have figures of gradients."""
+        return all(layer.has_gradients for layer in self.layers)
+
     def save(self, file: Path) -> None:
+        names = (*TENSORS, *(GRADIENTS if self.has_gradients else ()))
         tensors = {
-            f"{layer.shape.name}:{name}": getattr(layer, name).contiguous() for layer in self.layers for name in TENSORS
+            f"{layer.shape.name}:{name}": getattr(layer, name).contiguous() for layer in self.layers for name in names
         }
         metadata = {
             "version": str(VERSION),
@@ -58,13 +64,13 @@ def load_stats(file: Path) -> ModelStats:
             found = metadata.get("version", "none")
             if found != str(VERSION) and found not in LACKING:
                 raise InputError(f"--stats {file}: version {found}, this program reads {VERSION}; score again.")
-            layers = []
+            layers, keys = [], set(stored.keys())
             for fields in json.loads(metadata["layers"]):
                 shape = LayerShape(**fields)
                 lacking = LACKING.get(found, ())
-                tensors: dict[str, Tensor] = {
-                    name: stored.get_tensor(f"{shape.name}:{name}") for name in TENSORS if name not in lacking
-                }
+                names = [name for name in TENSORS if name not in lacking]
+                names += [name for name in GRADIENTS if f"{shape.name}:{name}" in keys]
+                tensors: dict[str, Tensor] = {name: stored.get_tensor(f"{shape.name}:{name}") for name in names}
                 unknown_EE = torch.full_like(tensors["together_EE"], torch.nan)
                 tensors |= dict.fromkeys(lacking, unknown_EE)
                 layers.append(LayerStats(shape, **tensors))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_moe.moe.checkpoints import load_model
 from lightning_moe.moe.layers import find_moe_layers
-from lightning_moe.stats.layer_stats import TENSORS
+from lightning_moe.stats.layer_stats import GRADIENTS, TENSORS
 from lightning_moe.stats.store import load_stats
 from tests.helpers.checkpoint import Commands, save_checkpoint
 from tests.helpers.commands_on_ranks import commands_on_ranks
@@ -35,7 +35,7 @@ def jobs(checkpoint: Path, text: Path) -> dict[str, list[object]]:
     rounds = ["--methods", "[ean]", "--scopes", "[layer]", "--ratios", "[0.25,0.5]", "--seeds", 1]
     rounds += ["--strategies", "[one-shot,iterative,lottery]", "--finetune_tokens", 128, "--finetune_lr", 0.001]
     return {
-        "score": ["score", *data],
+        "score": ["score", *data, "--gradients", "true", "--model.gradient_memory", 1e-5],
         "evaluate": ["evaluate", *data],
         "search": ["search", *full, "--updates", 4, "--optimizer", "sgd", "--lr", 1.0, "--score", "frequency"],
         "one-shot": ["prune", *data, "--method", "reap", "--ratio", 0.5, "--scope", "global"],
@@ -75,6 +75,7 @@ def folder(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     two = [
         [*command, "--data.batch_size", SIZES["two"], "--out", folder / "two" / name] for name, command in asked.items()
     ]
+    two.append([*two[list(asked).index("score")][:-1], folder / "two" / "score-ddp", "--trainer.strategy", "ddp"])
     fits = [[*fit_into(folder / ranks / "fit", checkpoint, text), "--data.batch_size", SIZES[ranks]] for ranks in SIZES]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PL_GLOBAL_SEED", raising=False)
@@ -87,14 +88,16 @@ def both(folder: Path, job: str, file: str) -> tuple[dict[str, Any], dict[str, A
     return read(folder / "one" / job / file), read(folder / "two" / job / file)
 
 
-def test_score(folder: Path) -> None:
-    """Statistics to the rounding of float64 sums of float32 products; every method's scores."""
-    stats = [load_stats(folder / ranks / "score" / "stats.safetensors") for ranks in SIZES]
+@pytest.mark.parametrize("job", ["score", "score-ddp"])
+def test_score(folder: Path, job: str) -> None:
+    """Statistics and gradients to the rounding of float64 sums of float32 products; where ranks hold all, too."""
+    stats = [load_stats(folder / place / "stats.safetensors") for place in ("one/score", f"two/{job}")]
     for left, right in zip(stats[0].layers, stats[1].layers, strict=True):
-        for name in TENSORS:
+        for name in (*TENSORS, *GRADIENTS):
             one, two = getattr(left, name).double(), getattr(right, name).double()
-            torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5, msg=name)
-    one, two = both(folder, "score", "score.json")
+            atol = {"gradient_outliers_E": 2.0, "gradient_log_std_E": 1e-3, "gradient_norm_E": 1e-3}.get(name, 1e-5)
+            torch.testing.assert_close(two, one, rtol=1e-5, atol=atol, msg=name)
+    one, two = read(folder / "one" / "score" / "score.json"), read(folder / "two" / job / "score.json")
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["request"] == two["request"]
 

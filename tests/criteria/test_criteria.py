@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_moe.criteria.registry import Direction, drop_order
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.scores import score_experts, write_scores
-from lightning_moe.stats.layer_stats import TENSORS, LayerStats
+from lightning_moe.stats.layer_stats import GRADIENTS, TENSORS, LayerStats
 from lightning_moe.stats.store import ModelStats
 from tests.helpers import reference
 from tests.helpers.reference import MEASURES, PAIR_MEASURES, RawLayer, SeenToken, Visit
@@ -39,6 +40,10 @@ PAPER_DROPS: dict[str, Direction] = {
     "eae": "min",
     "eao": "min",
     "ean": "min",
+    "egs": "max",
+    "ege": "min",
+    "ego": "min",
+    "egn": "min",
     "reap": "min",
     "reap-sum": "min",
     "man": "min",
@@ -47,8 +52,9 @@ PAPER_DROPS: dict[str, Direction] = {
     "trimming": "min",
     "random": "min",
 }
-"""Which end goes first: the papers' tables, and our choice where they are silent (EWN, EAO)."""
+"""Which end goes first: the papers' tables, and our choice where they are silent (EWN, EAO, EGS, EGO, EGN)."""
 
+ALL = (*TENSORS, *GRADIENTS)
 EVERY = [criterion.name for criterion in criteria()]
 DIRECTIONS: tuple[Direction, Direction] = ("min", "max")
 WIDTH, VOCAB = 12, 30
@@ -78,22 +84,33 @@ def random_layer(seed: int, num_experts: int = 6, num_tokens: int = 40, top_k: i
         tokens.append(SeenToken(token_id, probabilities, visits))
     shared = normal(5, 7)
     matrices = [[shared + normal(5, 7), normal(7, 5)] for _ in range(num_experts)]
-    return RawLayer(num_experts, VOCAB, tokens, normal(num_experts, 9).tolist(), matrices)
+    rows = normal(num_experts, 9).tolist()
+    gradients = [
+        [size * (centre + normal(5, WIDTH) ** 3), size * normal(5, WIDTH) ** 5]
+        for size, centre in zip(sizes, centres, strict=True)
+    ]
+    return RawLayer(num_experts, VOCAB, tokens, rows, matrices, gradients)
 
 
 def stats_of(raw: RawLayer, index: int = 0) -> LayerStats:
-    values = reference.layer_stats(raw) | reference.weight_stats(raw)
+    values = reference.layer_stats(raw) | reference.weight_stats(raw) | reference.gradient_stats(raw)
     tensors: dict[str, Any] = {
-        name: torch.tensor(values[name], dtype=torch.bool if name == "seen_EV" else torch.float64) for name in TENSORS
+        name: torch.tensor(values[name], dtype=torch.bool if name == "seen_EV" else torch.float64) for name in ALL
     }
     shape = LayerShape(f"model.layers.{index}.mlp", index, raw.num_experts, len(raw.tokens[0].visits))
     return LayerStats(shape, **tensors)
 
 
+@cache
+def random_stats(seed: int) -> LayerStats:
+    """Made once for all criteria; whoever changes them in place fails elsewhere."""
+    return stats_of(random_layer(seed))
+
+
 def permuted(stats: LayerStats, order: Sequence[int]) -> LayerStats:
     """The statistics if expert ``order[i]`` had been number ``i``."""
     moved: dict[str, Any] = {}
-    for name in TENSORS:
+    for name in ALL:
         value = getattr(stats, name)
         if name.endswith("_EE"):
             moved[name] = value[order][:, order]
@@ -162,7 +179,7 @@ def test_pair_criteria_equal_the_reference(name: str, direction: Direction, seed
 def test_permuting_experts_permutes_scores(name: str, direction: Direction, order: list[int], seed: int) -> None:
     if name == "random":
         return  # knows experts by their number only
-    stats = stats_of(random_layer(seed))
+    stats = random_stats(seed)
     if name in PAIR_MEASURES:  # ties are decided by number, so every pair and every count is another one
         stats = without_ties(stats, seed)
     criterion = get_criterion(name)
@@ -223,14 +240,16 @@ def test_scores_are_numbers_whatever_the_use(name: str, direction: Direction) ->
     often = random_layer(8, num_experts=4)
     tokens = [replace(token, probabilities=[*token.probabilities, 0.0, 0.0]) for token in often.tokens]
     once = SeenToken(3, [0.4, 0, 0, 0, 0.5, 0.1], [Visit(4, 0.6, [2.0] * WIDTH), Visit(0, 0.4, [1.0] * WIDTH)])
-    rare = stats_of(replace(random_layer(8), tokens=[*tokens, once]))
+    zeros = [torch.zeros(5, WIDTH)] * 2
+    used = random_layer(8)
+    rare = stats_of(replace(used, tokens=[*tokens, once], gradients=[*used.gradients[:5], zeros]))
     assert rare.count_E.tolist()[4:] == [1, 0]
-    nothing = replace(rare, **{n: torch.zeros_like(getattr(rare, n)) for n in TENSORS})
+    nothing = replace(rare, **{n: torch.zeros_like(getattr(rare, n)) for n in ALL})
     for stats in (rare, nothing):
         scores = get_criterion(name).scores(stats, direction)
         assert scores.shape == (6,) and scores.dtype == torch.float64
         assert bool(scores.isfinite().all())
-    if name in {"euf", "evc", "ean", "reap", "reap-sum", "man", "msan", "seer"}:
+    if name in {"euf", "evc", "ean", "reap", "reap-sum", "man", "msan", "seer", "ege", "ego", "egn"}:
         assert get_criterion(name).scores(rare).argmin() == 5
 
 
@@ -238,11 +257,23 @@ def test_scores_are_numbers_whatever_the_use(name: str, direction: Direction) ->
 def test_scores_are_values(name: str) -> None:
     """Whoever changes them in place does not change the statistics."""
     stats = stats_of(random_layer(9))
-    before = {field: getattr(stats, field).clone() for field in TENSORS}
+    before = {field: getattr(stats, field).clone() for field in ALL}
     for direction in DIRECTIONS:
         get_criterion(name).scores(stats, direction).zero_()
     for field, value in before.items():
         assert torch.equal(getattr(stats, field), value), field
+
+
+@every_criterion
+def test_only_criteria_on_gradients_need_them(name: str) -> None:
+    stats = stats_of(random_layer(9))
+    bare, criterion = replace(stats, **dict.fromkeys(GRADIENTS)), get_criterion(name)
+    assert stats.has_gradients and not bare.has_gradients
+    if not criterion.gradients:
+        assert torch.equal(criterion.scores(bare), criterion.scores(stats))
+        return
+    with pytest.raises(InputError, match=rf"model\.layers\.0\.mlp.*{name} needs gradients.*--gradients true"):
+        criterion.scores(bare)
 
 
 def test_damaged_statistics_are_refused() -> None:
@@ -308,6 +339,8 @@ def by_hand() -> LayerStats:
     A      0: 0.6, (3, 4)     1: 0.2, (0, 2)
     B      0: 0.5, (6, 8)     1: 0.5, (1, 0)
     C      0: 0.3, (0, 5)     2: 0.1, (5, 12)
+
+    Gradients of their two neurons: 0: (3, 0), (5, 0); 1: (0, 1), (0, 3); 2: none.
     """
     tokens = [
         SeenToken(1, [0.6, 0.2, 0.2], [Visit(0, 0.6, [3, 4]), Visit(1, 0.2, [0, 2])]),
@@ -315,7 +348,13 @@ def by_hand() -> LayerStats:
         SeenToken(1, [0.3, 0.6, 0.1], [Visit(0, 0.3, [0, 5]), Visit(2, 0.1, [5, 12])]),
     ]
     eye = torch.eye(2)
-    return stats_of(RawLayer(3, 4, tokens, [[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]], [[eye], [2 * eye], [eye]]))
+    gradients = [
+        [torch.tensor([[3.0, 0.0], [5.0, 0.0]])],
+        [torch.tensor([[0.0, 1.0], [0.0, 3.0]])],
+        [torch.zeros(2, 2)],
+    ]
+    rows = [[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]
+    return stats_of(RawLayer(3, 4, tokens, rows, [[eye], [2 * eye], [eye]], gradients))
 
 
 HANDS: dict[str, list[float]] = {
@@ -349,6 +388,13 @@ HANDS: dict[str, list[float]] = {
     "ewn": [math.sqrt(2), math.sqrt(8), math.sqrt(2)],
     "ews": [-2, -2, -2],
     "wsr": [-2, -2, -2],
+    # gradients of 0 and 1 have no dimension in common, 2 has none
+    "egs": [0, 0, 0],
+    # std of 3 and 5 is 1, of 1 and 3 is 1, of what does not vary 1e-30
+    "ege": [math.log(1e-30), math.log(1e-30), 2 * math.log(1e-30)],
+    "egn": [math.sqrt(34), math.sqrt(10), 0],
+    # two entries are never 3 std apart
+    "ego": [0, 0, 0],
     # shared tokens: 01: 2, 02: 1, 12: 0. Pair 01 goes first and loses 1 (2 < 3); then 02 loses 2 (1 < 3)
     "ecc": [2 / 3, 0, 1 / 3],
     # shared ids: 01: {1, 2}, 02: {1}, 12: {1}. Pair 01 loses 1, pair 02 loses 2

@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 def commands_on_ranks(
     ranks: int, folder: Path, commands: Sequence[Sequence[object]], strategy: str | Sequence[str] = "moe_fsdp"
 ) -> None:
-    """Carry out all commands; an error is that of the first that fails."""
+    """Carry out all commands; an error is that of the first that fails. One may name a strategy of its own."""
     how = ["--trainer.accelerator", "cpu", "--trainer.devices", str(ranks)]
     how += ["--trainer.strategy", strategy] if isinstance(strategy, str) else list(strategy)
     file = folder / f"commands-{ranks}-{len(list(folder.iterdir()))}.json"
-    file.write_text(json.dumps([[*map(str, command), *how] for command in commands]))
+    file.write_text(json.dumps([[command[0], *how, *map(str, command[1:])] for command in commands]))
     own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

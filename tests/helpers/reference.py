@@ -88,6 +88,8 @@ class RawLayer:
     router_rows: list[Vector] = field(default_factory=list)
     matrices: list[list[Tensor]] = field(default_factory=list)
     """Per expert, its matrices."""
+    gradients: list[list[Tensor]] = field(default_factory=list)
+    """Per expert, the summed gradients of its matrices, a row for each hidden neuron."""
 
     def outputs(self, expert: int) -> list[Vector]:
         return [visit.output for token in self.tokens for visit in token.visits if visit.expert == expert]
@@ -171,14 +173,41 @@ def router_rows(router: nn.Module) -> tuple[list[Vector], Vector]:
     return matrix.double().tolist(), bias
 
 
-def expert_matrices(experts: nn.Module, expert: int) -> list[Tensor]:
-    """Gate, up and down of one expert. GPT-OSS stores gate and up as every other column, all others one after
-    the other as rows."""
-    fused, down = experts.gate_up_proj[expert].detach(), experts.down_proj[expert].detach()
+def expert_matrices(experts: nn.Module, expert: int, gradients: bool = False) -> list[Tensor]:
+    """Gate, up and down of one expert, or their gradients. GPT-OSS stores gate and up as every other column, all
+    others one after the other as rows."""
+    stacks = experts.gate_up_proj, experts.down_proj
+    fused, down = ((stack.grad if gradients else stack.detach())[expert] for stack in stacks)
     if "GptOss" in type(experts).__name__:
         return [fused[:, 0::2], fused[:, 1::2], down]
     half = fused.shape[0] // 2
     return [fused[:half], fused[half:], down]
+
+
+def neuron_gradients(experts: nn.Module, expert: int) -> list[Tensor]:
+    """The gradients of gate, up and down of one expert, a row for each hidden neuron. GPT-OSS has neurons in the
+    columns of gate and up and the rows of down, all others the other way."""
+    gate, up, down = expert_matrices(experts, expert, gradients=True)
+    return [gate.T, up.T, down] if "GptOss" in type(experts).__name__ else [gate, up, down.T]
+
+
+def raw_gradients(model: PreTrainedModel, experts: Sequence[nn.Module], windows: Sequence[Tensor]) -> list[RawLayer]:
+    """The stock model, one window after another, and each position's loss by itself, summed up in float64."""
+    model.set_experts_implementation("eager")
+    sums = [[[0.0] * 3 for _ in module.down_proj] for module in experts]  # type: ignore[union-attr]
+    for window in windows:
+        model.zero_grad()
+        logits = model(input_ids=window[None]).logits[0]
+        losses = [
+            -logits[position].float().log_softmax(-1)[window[position + 1]] for position in range(len(window) - 1)
+        ]
+        torch.stack(losses).sum().backward()
+        for layer, module in zip(sums, experts, strict=True):
+            for expert, matrices in enumerate(layer):
+                for turn, gradient in enumerate(neuron_gradients(module, expert)):
+                    matrices[turn] = matrices[turn] + gradient.double()  # type: ignore[call-overload]
+    model.zero_grad()
+    return [RawLayer(len(layer), 0, [], gradients=layer) for layer in sums]  # type: ignore[arg-type]
 
 
 def raw_layers(
@@ -317,6 +346,18 @@ def stable_rank(matrix: Tensor) -> float:
     return float((values**2).sum() / values[0] ** 2) if values[0] > 0 else 0.0
 
 
+def gradient_stats(raw: RawLayer) -> dict[str, Any]:
+    flat = [torch.cat([matrix.double().flatten() for matrix in matrices]) for matrices in raw.gradients]
+    return {
+        "gradient_cosine_EE": [
+            [float(f @ g / (f.norm() * g.norm())) if f.any() and g.any() else 0.0 for g in flat] for f in flat
+        ],
+        "gradient_log_std_E": ege(raw),
+        "gradient_outliers_E": ego(raw),
+        "gradient_norm_E": egn(raw),
+    }
+
+
 # --------------------------------------------------------------------------------------------- criteria
 
 
@@ -378,6 +419,33 @@ def ean(raw: RawLayer) -> Vector:
     ]
 
 
+def egs(raw: RawLayer) -> Vector:
+    cosines = gradient_stats(raw)["gradient_cosine_EE"]
+    return [math.fsum(row) - row[p] for p, row in enumerate(cosines)]
+
+
+def ege(raw: RawLayer) -> Vector:
+    """A std of 0 counts as 1e-30."""
+    return [
+        math.fsum(
+            math.log(max(standard_deviation(column), 1e-30)) for matrix in matrices for column in matrix.T.tolist()
+        )
+        for matrices in raw.gradients
+    ]
+
+
+def ego(raw: RawLayer) -> Vector:
+    return [
+        float(sum(outliers(neuron) for matrix in matrices for neuron in matrix.tolist())) for matrices in raw.gradients
+    ]
+
+
+def egn(raw: RawLayer) -> Vector:
+    return [
+        math.fsum(norm(column) for matrix in matrices for column in matrix.T.tolist()) for matrices in raw.gradients
+    ]
+
+
 def _gated_norms(raw: RawLayer, expert: int) -> Vector:
     return [
         visit.weight / math.fsum(other.weight for other in token.visits) * norm(visit.output)
@@ -435,6 +503,10 @@ MEASURES = {
     "eae": eae,
     "eao": eao,
     "ean": ean,
+    "egs": egs,
+    "ege": ege,
+    "ego": ego,
+    "egn": egn,
     "reap": reap,
     "reap-sum": reap_sum,
     "man": man,

@@ -68,7 +68,8 @@ def test_a_criterion_is_that_of_an_observation(family: str) -> None:
             observation.next_batch(batch["input_ids"], batch.get("attention_mask"))
             model(**batch)
     stats = ModelStats("", "", observation.compute())
-    for name in ("reap-sum", "ecc", "random", "trimming") if family != "mixtral" else [one.name for one in criteria()]:
+    one_pass = [one.name for one in criteria() if not one.gradients]
+    for name in ("reap-sum", "ecc", "random", "trimming") if family != "mixtral" else one_pass:
         found = score_in_memory(model, padded(), name, seed=4)
         expected = score_experts(stats, name, seed=4)
         assert_equal(found, expected)
