@@ -224,9 +224,11 @@ class Comparison:
         return next((one for one in reasons if one is not None), None)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
+        if cell.method is not None:
+            cell.method.check_scope(cell.scope)
         if cell.schedule is not None:
-            last = replace(cell, ratio=cell.schedule.ratios[-1])
-            scores, seconds = (None, 0.0) if cell.method is None else self._scored(last)
+            first = replace(cell, ratio=cell.schedule.ratios[0])
+            scores, seconds = (None, 0.0) if cell.method is None else self._scored(first)
             records = self._rounds.of(cell, scores, self._full)
             figures = figures_of_round(records, cell.ratio, self.path, self.shapes)
             return figures | {"method_seconds": figures["method_seconds"] + seconds}

@@ -37,6 +37,7 @@ class Cut:
         method = get_method(self.method)
         if method.needs_text and self.direction is not None:
             raise InputError(f"--direction {self.direction}: {self.method} is a search, no criterion; leave it out.")
+        method.check_scope(self.scope)
         direction = None if method.needs_text else self.direction or get_criterion(self.method).direction
         return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from lightning_moe.cli.naee import describe_search, drops_of, naee_sets
 from lightning_moe.cli.request import model_path
 from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
 from lightning_moe.criteria import Criterion, criteria
@@ -20,10 +21,13 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe, did_you_mean
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import model_id
+from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.routing import mask_plan
 from lightning_moe.moe.split_tensors import is_sharded
 from lightning_moe.moe.surgery import keep_experts
-from lightning_moe.pruning.scores import ExpertScores, score_experts
+from lightning_moe.pruning.budget import Scope
+from lightning_moe.pruning.scores import ExpertScores, score_experts, scores_of_sets
+from lightning_moe.search.naee import BEAM, EXACT_SETS
 from lightning_moe.search.presets import PRESETS, method_of
 from lightning_moe.stats.store import ModelStats
 
@@ -37,6 +41,7 @@ class Job:
         data: The calibration text.
         observe: Makes, or finds, the statistics of the whole model on that text.
         identity: What scores say they were made for; default is the id of the checkpoint.
+        whole: The layers before any round of pruning, of which a ratio is a share; default is as they are.
     """
 
     def __init__(
@@ -46,8 +51,9 @@ class Job:
         data: TextDataModule,
         observe: Callable[[MoECausalLM], ModelStats],
         identity: str | None = None,
+        whole: Sequence[LayerShape] | None = None,
     ) -> None:
-        self.trainer, self.data = trainer, data
+        self.trainer, self.data, self.whole = trainer, data, whole
         self._identity = identity
         self.preparation_seconds = 0.0
         """Spent on loading the model and on the statistics: work that methods share."""
@@ -139,7 +145,10 @@ class Method:
     stable_ranks: bool = True
     """Whether it may look at the stable ranks of the weights, which are dear."""
     per_ratio: bool = False
-    """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes."""
+    """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes. In rounds that is
+    the share gone after the round."""
+    chooses_sets: bool = False
+    """Whether it chooses a set of experts for each layer, so that no order over layers can follow."""
 
     @property
     def file_name(self) -> str:
@@ -154,6 +163,14 @@ class Method:
             *([f"seed{seed}"] if self.seeded else []),
         ]
         return "-".join(words)
+
+    def check_scope(self, scope: Scope) -> None:
+        """Raise ``InputError`` for a scope that the method has no answer for."""
+        if self.chooses_sets and scope != "layer":
+            raise InputError(
+                f"--scope {scope}: {self.name} chooses a set of experts for each layer, which is no order over all "
+                "layers; give --scope layer."
+            )
 
     def run(self, job: Job, ratio: float, seed: int | None, folder: Path) -> ExpertScores:
         """Score all experts; of ``ratio`` and ``seed`` it is given what it depends on."""
@@ -186,9 +203,37 @@ def _of_preset(preset_name: str) -> Method:
     )
 
 
+def _of_naee(name: str, progressive: bool) -> Method:
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        assert ratio is not None
+        model = job.model
+        shapes = [layer.shape for layer in model.moe_layers]
+        drops = drops_of(shapes, ratio, job.whole)
+        how = describe_search(shapes, drops)
+        if job.trainer.is_global_zero:
+            print(f"{name}: {how}.")
+        chosen = naee_sets(job.trainer, model, job.data, drops, folder, progressive)
+        settings = {"search": how, "errors": {layer: found.error for layer, found in chosen.items()}}
+        keep = {layer: found.keep for layer, found in chosen.items()}
+        return scores_of_sets(job.identity, job.data.text.fingerprint, name, shapes, keep, ratio, settings)
+
+    inputs = "of the model with the layers before cut already" if progressive else "of the full model"
+    return Method(
+        name,
+        f"Search over sets of experts (NAEE), by how far each layer's output moves on inputs {inputs}.",
+        scores,
+        settings=f"sets{EXACT_SETS}-beam{BEAM}",
+        needs_text=True,
+        per_ratio=True,
+        chooses_sets=True,
+    )
+
+
 def methods() -> list[Method]:
     """All methods: every criterion, and the searches."""
-    return [_of_criterion(criterion) for criterion in criteria()] + [_of_preset(name) for name in PRESETS]
+    searches = [_of_preset(name) for name in PRESETS]
+    searches += [_of_naee("naee", False), _of_naee("naee-progressive", True)]
+    return [_of_criterion(criterion) for criterion in criteria()] + searches
 
 
 def get_method(name: str) -> Method:

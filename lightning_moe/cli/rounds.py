@@ -233,11 +233,11 @@ class Rounds:
             precision, ranks = weights_type(self.trainer, model), method.stable_ranks
             return observe_into(self.trainer, model, self.data, file, partial, identity, precision, stable_ranks=ranks)
 
-        job = Job(self.trainer, self.model, self.data, observe, identity)
+        job = Job(self.trainer, self.model, self.data, observe, identity, self.shapes)
         seed = round_seed(request.seed, turn) if method.seeded else 0
         if request.direction is not None and not method.needs_text:
             return score_experts(job.stats, method.name, request.direction, seed)
-        return method.run(job, request.schedule.ratios[-1], seed, place / "search")
+        return method.run(job, request.schedule.ratios[turn - 1], seed, place / "search")
 
     def _measured(self, seconds: dict[str, float]) -> dict[str, Any]:
         """Perplexity, and how even the load is, on the validation text."""

@@ -1,0 +1,107 @@
+"""NAEE's search: the set of experts whose absence changes a layer's output least (arXiv 2402.14800)."""
+
+# S sets of experts
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, product
+from math import comb
+
+from torch import Tensor
+
+from lightning_moe.errors import InputError
+from lightning_moe.moe.layers import LayerShape
+
+EXACT_SETS = 20_000
+"""Most sets of one layer that are all tried: C(16, 8) is 12,870, C(18, 9) is 48,620."""
+
+BEAM = 8
+"""Sets that are carried from one removal to the next where there are more."""
+
+TIE = 1e-9
+"""Errors that differ by less than this part of the layer's output are equal: sums in another order differ so."""
+
+ExpertSet = tuple[int, ...]
+
+Errors = Callable[[Sequence[ExpertSet]], Tensor]
+"""``kept experts of each set -> how far the output moves, (S,) float64``; that of no expert is the output's size."""
+
+
+@dataclass(frozen=True)
+class ChosenSet:
+    """The experts of one layer that stay, and how they were found."""
+
+    keep: list[int]
+    error: float
+    """How far the layer's output moves, over its size."""
+    tried: int
+    """Sets whose error was looked at."""
+
+
+def count_sets(shape: LayerShape, drop: int) -> int:
+    """Sets of experts that can stay when ``drop`` go, as many from each group."""
+    return int(comb(shape.group_size, drop // shape.num_groups) ** shape.num_groups)
+
+
+def is_exact(shape: LayerShape, drop: int) -> bool:
+    """Whether all sets are tried, or experts removed one by one."""
+    return count_sets(shape, drop) <= EXACT_SETS
+
+
+def choose_experts(shape: LayerShape, drop: int, errors: Errors) -> ChosenSet:
+    """The set with the least error, of equal ones the first in the order of ids.
+
+    All sets are tried where there are at most ``EXACT_SETS``. Otherwise experts are removed one by one, each time from
+    the ``BEAM`` best sets of one expert more; what is best of the last removal is chosen. Every group of a
+    group-limited router loses as many. All ranks choose the same, since errors are sums over ranks.
+
+    Raises ``InputError`` when an error is not finite.
+    """
+    size = float(_finite(shape, errors([()]))[0])
+    kept = (shape.num_experts - drop) // shape.num_groups
+    tried = 0
+    if drop == 0:
+        return ChosenSet(list(range(shape.num_experts)), 0.0, tried)
+    if is_exact(shape, drop):
+        sets = _all_sets(shape, kept)
+    else:
+        sets = [tuple(range(shape.num_experts))]
+        for _ in range(drop - 1):
+            sets = _without_one(shape, sets, kept)
+            found = _finite(shape, errors(sets)).tolist()
+            tried += len(sets)
+            sets = sorted(one for _, one in sorted(zip(found, sets, strict=True))[:BEAM])
+        sets = _without_one(shape, sets, kept)
+    errors_S = _finite(shape, errors(sets))
+    tried += len(sets)
+    best = int((errors_S <= errors_S.min() + TIE * size).nonzero()[0])
+    return ChosenSet(list(sets[best]), float(errors_S[best]) / size if size else 0.0, tried)
+
+
+def _all_sets(shape: LayerShape, kept: int) -> list[ExpertSet]:
+    """Every set that keeps so many of each group, in the order of ids."""
+    groups = [range(first, first + shape.group_size) for first in range(0, shape.num_experts, shape.group_size)]
+    return [tuple(chain(*parts)) for parts in product(*(combinations(group, kept) for group in groups))]
+
+
+def _without_one(shape: LayerShape, sets: Sequence[ExpertSet], kept: int) -> list[ExpertSet]:
+    """All that is left of these sets by one removal from a group that still has more than it will keep."""
+    smaller = set()
+    for one in sets:
+        counts = [0] * shape.num_groups
+        for expert in one:
+            counts[expert // shape.group_size] += 1
+        smaller |= {
+            tuple(other for other in one if other != expert)
+            for expert in one
+            if counts[expert // shape.group_size] > kept
+        }
+    return sorted(smaller)
+
+
+def _finite(shape: LayerShape, errors_S: Tensor) -> Tensor:
+    if not bool(errors_S.isfinite().all()):
+        raise InputError(f"{shape.name}: the outputs of its experts are not finite; are the weights damaged?")
+    return errors_S
