@@ -6,14 +6,14 @@ import re
 
 import pytest
 
-from benchmarks import diep_step, finetune, fsdp, gates, observe, prune_save, skipping
+from benchmarks import diep_step, finetune, fsdp, gates, naee, observe, prune_save, skipping
 from benchmarks.ratios import median_ratio
 
 LONG = [pytest.param(benchmark, marks=pytest.mark.scale) for benchmark in (diep_step, skipping, finetune, fsdp)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [observe, gates, prune_save, *LONG])
+@pytest.mark.parametrize("benchmark", [observe, gates, naee, prune_save, *LONG])
 def test_prints_name_ratio_and_goal(benchmark: object, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(repeats=1)  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()

@@ -74,7 +74,7 @@ class RouterReplay:
         logits = self.logits_TE if self.flat else self.logits_TE.view(*above, num_tokens, num_experts)
         hidden = self.blank.expand(*above, num_tokens, width)  # takes no memory
         args, kwargs = self.rest
-        with unwatched(), _Logits(num_experts, logits), mask_experts(self.layer, keep):
+        with unwatched(), mask_experts(self.layer, keep), _Logits(num_experts, logits):
             routing = read_routing(self.layer.router(hidden, *args, **kwargs), num_experts)
         weights_TE = torch.zeros(num_tokens, num_experts, dtype=torch.float64, device=self.logits_TE.device)
         return weights_TE.scatter_add_(1, routing.expert_ids_TK, routing.weights_TK.double())

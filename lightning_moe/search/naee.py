@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
 from math import comb
 
@@ -51,43 +51,47 @@ def is_exact(shape: LayerShape, drop: int) -> bool:
 
 
 def choose_experts(shape: LayerShape, drop: int, errors: Errors) -> ChosenSet:
-    """The set with the least error, of equal ones the first in the order of ids.
+    """The set with the least error: of all sets, or by ``remove_experts`` where there are more than ``EXACT_SETS``.
 
-    All sets are tried where there are at most ``EXACT_SETS``. Otherwise experts are removed one by one, each time from
-    the ``BEAM`` best sets of one expert more; what is best of the last removal is chosen. Every group of a
-    group-limited router loses as many. All ranks choose the same, since errors are sums over ranks.
-
-    Raises ``InputError`` when an error is not finite.
+    Every group of a group-limited router loses as many. Of equal sets the first in the order of ids is taken. All ranks
+    choose the same, since errors are sums over ranks. Raises ``InputError`` when an error is not finite.
     """
-    size = float(_finite(shape, errors([()]))[0])
-    kept = (shape.num_experts - drop) // shape.num_groups
-    tried = 0
-    if drop == 0:
-        return ChosenSet(list(range(shape.num_experts)), 0.0, tried)
-    if is_exact(shape, drop):
-        sets = _all_sets(shape, kept)
-    else:
-        sets = [tuple(range(shape.num_experts))]
-        for _ in range(drop - 1):
-            sets = _without_one(shape, sets, kept)
+    if not is_exact(shape, drop):
+        return remove_experts(shape, drop, errors)
+    return _best(shape, _all_sets(shape, drop), errors)
+
+
+def remove_experts(shape: LayerShape, drop: int, errors: Errors) -> ChosenSet:
+    """As ``choose_experts``, one expert after another, each time from the ``BEAM`` best sets of one expert more."""
+    tried, sets = 0, [tuple(range(shape.num_experts))]
+    for turn in range(drop):
+        sets = _without_one(shape, sets, drop)
+        if turn < drop - 1:
             found = _finite(shape, errors(sets)).tolist()
             tried += len(sets)
-            sets = sorted(one for _, one in sorted(zip(found, sets, strict=True))[:BEAM])
-        sets = _without_one(shape, sets, kept)
-    errors_S = _finite(shape, errors(sets))
-    tried += len(sets)
+            sets = [one for _, one in sorted(zip(found, sets, strict=True))[:BEAM]]
+    best = _best(shape, sets, errors)
+    return replace(best, tried=best.tried + tried)
+
+
+def _best(shape: LayerShape, sets: Sequence[ExpertSet], errors: Errors) -> ChosenSet:
+    """The best of these sets, given in the order of ids."""
+    errors_S = _finite(shape, errors([*sets, ()]))
+    size, errors_S = float(errors_S[-1]), errors_S[:-1]
     best = int((errors_S <= errors_S.min() + TIE * size).nonzero()[0])
-    return ChosenSet(list(sets[best]), float(errors_S[best]) / size if size else 0.0, tried)
+    return ChosenSet(list(sets[best]), float(errors_S[best]) / size if size else 0.0, len(sets))
 
 
-def _all_sets(shape: LayerShape, kept: int) -> list[ExpertSet]:
-    """Every set that keeps so many of each group, in the order of ids."""
+def _all_sets(shape: LayerShape, drop: int) -> list[ExpertSet]:
+    """Every set of which each group lacks as many, in the order of ids."""
+    kept = shape.group_size - drop // shape.num_groups
     groups = [range(first, first + shape.group_size) for first in range(0, shape.num_experts, shape.group_size)]
     return [tuple(chain(*parts)) for parts in product(*(combinations(group, kept) for group in groups))]
 
 
-def _without_one(shape: LayerShape, sets: Sequence[ExpertSet], kept: int) -> list[ExpertSet]:
-    """All that is left of these sets by one removal from a group that still has more than it will keep."""
+def _without_one(shape: LayerShape, sets: Sequence[ExpertSet], drop: int) -> list[ExpertSet]:
+    """All that one removal leaves of these sets, from groups that still have more than they will keep."""
+    kept = shape.group_size - drop // shape.num_groups
     smaller = set()
     for one in sets:
         counts = [0] * shape.num_groups
