@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from lightning_moe.cli import naee
+from lightning_moe.cli.main import main
 from lightning_moe.data.datamodule import TextDataModule
+from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import load_model
+from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.search.naee import ChosenSet, choose_experts, remove_experts
 from tests.helpers.checkpoint import Commands, damaged_copy, read, save_checkpoint
@@ -74,23 +78,29 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.fixture(scope="module")
+def finished(checkpoint: Path, grouped: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both methods, each on a model of its own; to be read."""
+    folder = tmp_path_factory.mktemp("finished")
+    for method, path in zip(METHODS, (checkpoint, grouped), strict=True):
+        main([*map(str, prune(path, text, method, "--out", folder / method))])
+    return folder
+
+
 # ------------------------------------------------------------------------------------------- what is chosen
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("family", "sets"), [("mixtral", 70), ("deepseek_v3", 36)])
+@pytest.mark.parametrize(("method", "sets"), [("naee", 70), ("naee-progressive", 36)])
 def test_prune_keeps_the_sets_of_the_reference(
-    family: str, sets: int, method: str, run: Commands, checkpoint: Path, grouped: Path, text: Path, tmp_path: Path
+    method: str, sets: int, finished: Path, checkpoint: Path, grouped: Path, text: Path
 ) -> None:
-    path = checkpoint if family == "mixtral" else grouped
-    said = run.ok(*prune(path, text, method, "--out", tmp_path))
+    path = grouped if METHODS[method] else checkpoint
     keep, moved = chosen_sets(loaded(path), windows(path, text), 4, METHODS[method])
-    plan = read(tmp_path / "plan.json")
+    plan = read(finished / method / "plan.json")
     assert plan["keep"] == keep
     assert plan["made_by"]["errors"] == pytest.approx(moved, rel=1e-6)
     assert plan["made_by"]["search"] == f"exact, all {sets} sets in 2 layers"
-    assert f"{method}: {plan['made_by']['search']}.\n" in said.out
-    assert read(tmp_path / "prune.json")["uniform"]
+    assert read(finished / method / "prune.json")["uniform"]
 
 
 def test_each_round_chooses_among_what_is_left(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -119,14 +129,17 @@ def test_each_round_chooses_among_what_is_left(run: Commands, checkpoint: Path, 
         assert failed["status"] == "failed" and "give --scope layer" in failed["reason"]
 
 
-def test_rounds_that_spare_a_layer(run: Commands, text: Path, tmp_path: Path) -> None:
-    """Of 6 experts in steps of a tenth: 1, then none."""
-    path = save_checkpoint(tmp_path / "six", num_local_experts=6)
-    out = tmp_path / "run"
-    refused = run(*prune(path, text, "naee", "--ratio", 0.2, "--rounds", 2, "--out", out))
-    assert refused.code == 2 and "round 2 of 2" in refused.err
-    run.ok(*prune(path, text, "naee", "--ratio", 0.34, "--rounds", 2, "--out", out))
-    assert [len(ids) for ids in read(out / "plan.json")["keep"].values()] == [4, 4]
+def test_a_layer_that_loses_nothing_stays_whole(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """As in a round that spares it."""
+    shapes = [LayerShape(name, number, left, 2) for number, (name, left) in enumerate(zip(LAYERS, (4, 6), strict=True))]
+    whole = [replace(shape, num_experts=8) for shape in shapes]
+    assert naee.drops_of(shapes, 0.5, whole) == {LAYERS[0]: 0, LAYERS[1]: 2}
+    data = TextDataModule(str(text), tokenizer=str(checkpoint), seq_len=SEQ_LEN, samples=SAMPLES)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    model = MoECausalLM(str(checkpoint))
+    found = naee.naee_sets(trainer, model, data, {LAYERS[0]: 0, LAYERS[1]: 4}, tmp_path, progressive=True)
+    expected = chosen_sets(loaded(checkpoint), windows(checkpoint, text), 4, False)[0]
+    assert {name: one.keep for name, one in found.items()} == {LAYERS[1]: expected[LAYERS[1]]}
 
 
 def test_more_sets_than_can_be_tried(
@@ -142,12 +155,11 @@ def test_more_sets_than_can_be_tried(
     assert "beam of 8" in plan["made_by"]["search"] and f"naee: {plan['made_by']['search']}." in said.out
 
 
-def test_scores_serve_their_ratio_alone(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    run.ok(*prune(checkpoint, text, "naee", "--out", tmp_path / "one"))
-    again = ["prune", *QUIET, "--model.path", checkpoint, "--scores", tmp_path / "one", "--method", "naee"]
-    run.ok(*again, "--out", tmp_path / "two")
-    assert read(tmp_path / "two/plan.json")["keep"] == read(tmp_path / "one/plan.json")["keep"]
-    refused = run(*again, "--ratio", 0.25, "--out", tmp_path / "three")
+def test_scores_serve_their_ratio_alone(run: Commands, checkpoint: Path, finished: Path, tmp_path: Path) -> None:
+    again = ["prune", *QUIET, "--model.path", checkpoint, "--scores", finished / "naee", "--method", "naee"]
+    run.ok(*again, "--out", tmp_path / "same")
+    assert read(tmp_path / "same" / "plan.json")["keep"] == read(finished / "naee" / "plan.json")["keep"]
+    refused = run(*again, "--ratio", 0.25, "--out", tmp_path / "other")
     assert refused.code == 2 and "for ratio 0.5" in refused.err and refused.err.count("\n") == 1
 
 
@@ -185,68 +197,65 @@ def test_damaged_weights_are_refused(run: Commands, checkpoint: Path, text: Path
 
 
 def test_layers_share_passes_as_memory_allows(
-    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, searched: list[str]
+    run: Commands,
+    checkpoint: Path,
+    text: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    searched: list[str],
 ) -> None:
     """36 products and up to 9 words for each of 7 windows of 16 in a layer."""
     needed = 8 * (36 + 9) * SAMPLES * SEQ_LEN
-    plans = []
-    for number, room in enumerate((2 * needed, 2 * needed - 1, needed)):
-        monkeypatch.setattr(naee, "CACHE_BYTES", room)
-        run.ok(*prune(checkpoint, text, "naee", "--out", tmp_path / str(number)))
-        plans.append(read(tmp_path / str(number) / "plan.json"))
-    assert searched == ["|", *LAYERS, *2 * ["|", LAYERS[0], "|", LAYERS[1]]]
-    assert plans[0] == plans[1] == plans[2]
+    monkeypatch.setattr(naee, "CACHE_BYTES", 2 * needed - 1)
+    run.ok(*prune(checkpoint, text, "naee", "--out", tmp_path / "apart"))
+    assert searched == ["|", LAYERS[0], "|", LAYERS[1]]
+    assert read(tmp_path / "apart" / "plan.json") == read(finished / "naee" / "plan.json")
     monkeypatch.setattr(naee, "CACHE_BYTES", needed - 1)
     refused = run(*prune(checkpoint, text, "naee", "--out", tmp_path / "no"))
     assert refused.code == 2 and refused.err.count("\n") == 1
     assert "--data.samples" in refused.err and "at most 6 windows" in refused.err
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("command", ["prune", "rounds", "compare"])
+@pytest.mark.parametrize(("command", "method"), [("prune", "naee-progressive"), ("compare", "naee")])
 def test_killed_it_goes_on_with_the_next_layer(
     command: str,
     method: str,
     run: Commands,
     checkpoint: Path,
+    grouped: Path,
     text: Path,
+    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     searched: list[str],
 ) -> None:
-    commands: dict[str, Callable[[], list[object]]] = {
-        "prune": lambda: prune(checkpoint, text, method),
-        "rounds": lambda: prune(checkpoint, text, method, "--rounds", "[0.5]", "--finetune_tokens", 32),
-        "compare": lambda: (
-            ["compare", *on(checkpoint, text), "--trainer.accelerator", "cpu", "--methods", f"[{method}]"]
-            + ["--ratios", "[0.5]", "--scopes", "[layer]"]
-        ),
-    }
-    args = commands[command]()
-    run.ok(*args, "--out", tmp_path / "whole")
-    whole, searched[:] = list(searched), []
+    """And ends with what was never killed: of both commands the same."""
+    path = grouped if METHODS[method] else checkpoint
+    args = prune(path, text, method, "--out", tmp_path)
+    if command == "compare":
+        grid = ["--methods", f"[{method}]", "--ratios", "[0.5]", "--scopes", "[layer]", "--out", tmp_path]
+        args = ["compare", *on(path, text), "--trainer.accelerator", "cpu", *grid]
     with monkeypatch.context() as patch:
-        counted = naee.choose_experts
+        counted, turns = naee.choose_experts, iter(range(9))
 
         def killed(shape: Any, *rest: Any) -> ChosenSet:
-            if shape.name == LAYERS[1]:
+            if next(turns):
                 raise SystemExit(137)
             return counted(shape, *rest)
 
         patch.setattr(naee, "choose_experts", killed)
-        assert run(*args, "--out", tmp_path / "parts").code == 137
-    before = list(searched)
-    run.ok(*args, "--out", tmp_path / "parts")
-    assert before + searched[len(before) + 1 :] == [*whole[:2], *(["|"] if METHODS[method] else []), LAYERS[1]]
-    assert searched[len(before) :] == ["|", LAYERS[1]]
-    file = "compare.json" if command == "compare" else "plan.json"
-    one, two = (read(tmp_path / name / file) for name in ("whole", "parts"))
-    if command == "compare":
-        assert [row.get("made_by") for row in one["cells"]] == [row.get("made_by") for row in two["cells"]]
-        assert [row["plan"] for row in one["cells"]] == [row["plan"] for row in two["cells"]]
-    else:
-        assert one == two
-    assert not list((tmp_path / "parts").rglob("layers.json"))
+        assert run(*args).code == 137
+    before = len(searched)
+    run.ok(*args)
+    first, second = read(finished / method / "plan.json")["keep"]
+    assert searched[:before] == ["|", first, *(["|"] if METHODS[method] else [])]
+    assert searched[before:] == ["|", second]
+    whole = read(finished / method / "plan.json")
+    found = read(tmp_path / "plan.json") if command == "prune" else read(tmp_path / "compare.json")["cells"][1]
+    assert found["made_by"] == whole["made_by"]
+    assert found["keep" if command == "prune" else "plan"] == whole["keep"]
+    assert not list(tmp_path.rglob("layers.json"))
 
 
 # ----------------------------------------------------------------------------------------------- two ranks
@@ -254,23 +263,17 @@ def test_killed_it_goes_on_with_the_next_layer(
 
 @pytest.mark.slow
 def test_two_ranks_choose_what_one_does(
-    run: Commands, checkpoint: Path, grouped: Path, text: Path, tmp_path: Path
+    checkpoint: Path, grouped: Path, text: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """By ddp, where each rank has the model, and split by moe_fsdp; windows and blanks fall on either."""
-    jobs = {
-        f"{family}-{method}": [
-            *("prune", *on(path, text), "--method", method),
-            *(("--rounds", 2) if family == "grouped" else ()),
-        ]
-        for family, path in (("mixtral", checkpoint), ("grouped", grouped))
-        for method in METHODS
+    """By ddp, where each rank has the model, and split by moe_fsdp; windows and a blank fall on either."""
+    jobs: dict[str, list[object]] = {
+        "naee": [*on(checkpoint, text), "--trainer.strategy", "ddp"],
+        "naee-progressive": [*on(grouped, text), "--trainer.strategy", "moe_fsdp"],
     }
-    for name, args in jobs.items():
-        run.ok(*args, "--trainer.accelerator", "cpu", "--out", tmp_path / "one" / name)
-    for strategy in ("ddp", "moe_fsdp"):
-        told = [[*args, "--out", tmp_path / strategy / name] for name, args in jobs.items()]
-        commands_on_ranks(2, tmp_path, told, strategy)
-        for name in jobs:
-            one, two = (read(tmp_path / ranks / name / "plan.json") for ranks in ("one", strategy))
-            assert two["keep"] == one["keep"]
-            assert two["made_by"]["errors"] == pytest.approx(one["made_by"]["errors"], rel=1e-6)
+    told = [["prune", *args, "--method", method, "--out", tmp_path / method] for method, args in jobs.items()]
+    commands_on_ranks(2, tmp_path, told, strategy=[])
+    for method in jobs:
+        one, two = (read(folder / method / "plan.json") for folder in (finished, tmp_path))
+        assert two["keep"] == one["keep"]
+        assert two["made_by"]["errors"] == pytest.approx(one["made_by"]["errors"], rel=1e-6)
+        assert read(tmp_path / method / "prune.json")["world_size"] == 2
