@@ -111,8 +111,9 @@ class CachedOutputs:
 
         ``sum over windows || Z - Zhat ||_F`` (NAEE, arXiv 2402.14800): ``Z`` is the weighted sum of the routed
         experts, ``Zhat`` the same after the router has chosen anew with the others' logits at -inf. Shared experts
-        cancel. A window is a batch of its own, so that neither the batch size nor the number of ranks counts. An empty
-        set has ``Zhat = 0``: its error is the size of the output itself. Every rank must call it.
+        cancel, and a model that skips experts is taken as one that does not. A window is a batch of its own, so that
+        neither the batch size nor the number of ranks counts. An empty set has ``Zhat = 0``: its error is the size of
+        the output itself. Every rank must call it.
         """
         device = self.layer.router_weight.device
         errors_S = torch.zeros(len(keeps), dtype=torch.float64, device=device)
