@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_moe.cli.grid import Cell
-from lightning_moe.cli.methods import Job
+from lightning_moe.cli.job import Job
 from lightning_moe.cli.records import Records, without_stamp
 from lightning_moe.cli.request import (
     asked_data,
@@ -234,9 +234,11 @@ class Comparison:
         return next((one for one in reasons if one is not None), None)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
+        if cell.method is not None:
+            cell.method.check_scope(cell.scope)
         if cell.schedule is not None:
-            last = replace(cell, ratio=cell.schedule.ratios[-1])
-            scores, seconds = (None, 0.0) if cell.method is None else self._scored(last)
+            first = replace(cell, ratio=cell.schedule.ratios[0])
+            scores, seconds = (None, 0.0) if cell.method is None else self._scored(first)
             records = self._rounds.of(cell, scores, self._full)
             figures = figures_of_round(records, cell.ratio, self.path, self.shapes)
             return figures | {"method_seconds": figures["method_seconds"] + seconds}

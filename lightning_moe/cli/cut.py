@@ -39,6 +39,7 @@ class Cut:
             direction = direction or get_criterion(self.method).direction
         elif direction is not None:
             raise InputError(f"--direction {direction}: {self.method} is no criterion; leave it out.")
+        method.check_scope(self.scope)
         return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
 
 

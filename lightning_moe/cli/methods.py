@@ -5,132 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-
-from lightning_moe.cli.request import model_path
+from lightning_moe.cli.job import Job
+from lightning_moe.cli.naee import describe_search, drops_of, naee_sets
 from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
 from lightning_moe.criteria import Criterion, criteria
-from lightning_moe.data.datamodule import TextDataModule
-from lightning_moe.errors import InputError, describe, did_you_mean
-from lightning_moe.modules.causal_lm import MoECausalLM
-from lightning_moe.moe.checkpoints import model_id
-from lightning_moe.moe.merged_experts import NO_MERGE, Merge
-from lightning_moe.moe.routing import mask_plan
-from lightning_moe.moe.split_tensors import is_sharded
-from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.errors import InputError, did_you_mean
+from lightning_moe.moe.merged_experts import Merge
+from lightning_moe.pruning.budget import Scope
 from lightning_moe.pruning.clustering import cluster_scores, merge_clusters
 from lightning_moe.pruning.merging import merge_dominant
-from lightning_moe.pruning.scores import ExpertScores, score_experts
+from lightning_moe.pruning.scores import ExpertScores, score_experts, scores_of_sets
+from lightning_moe.search.naee import BEAM, EXACT_SETS
 from lightning_moe.search.presets import PRESETS, method_of
 from lightning_moe.stats.store import ModelStats
-
-
-class Job:
-    """One model and one calibration text: what methods work from. Each part is made when it is first asked for.
-
-    Args:
-        trainer: How and where to run.
-        model: The model.
-        data: The calibration text.
-        observe: Makes, or finds, the statistics of the whole model on that text; told whether with gradients.
-        identity: What scores say they were made for; default is the id of the checkpoint.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        model: MoECausalLM,
-        data: TextDataModule,
-        observe: Callable[[MoECausalLM, bool], ModelStats],
-        identity: str | None = None,
-    ) -> None:
-        self.trainer, self.data = trainer, data
-        self._identity = identity
-        self.preparation_seconds = 0.0
-        """Spent on loading the model and on the statistics: work that methods share."""
-        self._model, self._observe = model, observe
-        self._cut = False
-        self._stats: ModelStats | None = None
-        self._failures: dict[bool, str] = {}
-
-    @property
-    def identity(self) -> str:
-        return self._identity or model_id(model_path(self._model))
-
-    @property
-    def model(self) -> MoECausalLM:
-        """The model with all its experts, loaded."""
-        with self._preparation():
-            self._whole().prepare(self.trainer)
-        return self._model
-
-    @property
-    def stats(self) -> ModelStats:
-        """The statistics of the model on the calibration text. A pass that failed is not made again."""
-        return self._made(self._stats, gradients=False)
-
-    @property
-    def gradient_stats(self) -> ModelStats:
-        """The same, with gradients: of further passes that are made when they are first asked for."""
-        stats = self.stats
-        return self._made(stats if stats.has_gradients else None, gradients=True)
-
-    def _made(self, stats: ModelStats | None, gradients: bool) -> ModelStats:
-        if gradients in self._failures:
-            raise InputError(self._failures[gradients])
-        if stats is None:
-            with self._preparation():
-                try:
-                    stats = self._stats = self._observe(self._whole(), gradients)
-                except Exception as error:
-                    what = "gradients" if gradients else "statistics"
-                    self._failures[gradients] = f"the {what} could not be made: {describe(error)}"
-                    raise
-        return stats
-
-    @contextmanager
-    def cut_model(self, keep: Mapping[str, Sequence[int]], merge: Merge = NO_MERGE) -> Iterator[MoECausalLM]:
-        """The model with only these experts, in memory; whoever asks for ``model`` next gets a whole one.
-
-        Where it is split over ranks the others are masked, which gives the same; they cannot be merged there.
-        """
-        model = self.model
-        if is_sharded(model.network):
-            assert not merge.groups, "refused before the model was split"
-            with mask_plan(model.moe_layers, keep):
-                yield model
-            return
-        self._cut = bool(keep)
-        keep_experts(model.network, keep, merge)
-        yield model
-
-    def whole_model_to_change(self) -> MoECausalLM:
-        """The model with all its experts, loaded, to do with as one likes; whoever asks next gets another."""
-        model = self.model
-        self._cut = True
-        return model
-
-    def _whole(self) -> MoECausalLM:
-        """The model, loaded or not, but not one that was cut."""
-        if self._cut:
-            self._model.release()
-            self._cut = False
-        return self._model
-
-    @contextmanager
-    def _preparation(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.preparation_seconds += time.perf_counter() - start
-
 
 Scoring = Callable[[Job, float | None, int, Path], ExpertScores]
 """``(job, ratio, seed, folder) -> scores``; ``folder`` is its own, for unfinished work, removed when it succeeds."""
@@ -159,7 +50,10 @@ class Method:
     gradients: bool = False
     """Whether it looks at gradients, which take passes of their own."""
     per_ratio: bool = False
-    """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes."""
+    """Whether each ratio needs a run of its own; otherwise one result serves all ratios and scopes. In rounds that is
+    the share gone after the round."""
+    chooses_sets: bool = False
+    """Whether it chooses a set of experts for each layer, so that no order over layers can follow."""
     criterion: bool = False
     """Whether it is a criterion, which can be turned round: drop the most in place of the least."""
     merge: MergeRule | None = None
@@ -182,6 +76,14 @@ class Method:
     def stats(self, job: Job) -> ModelStats:
         """The statistics that it looks at."""
         return job.gradient_stats if self.gradients else job.stats
+
+    def check_scope(self, scope: Scope) -> None:
+        """Raise ``InputError`` for a scope that the method has no answer for."""
+        if self.chooses_sets and scope != "layer":
+            raise InputError(
+                f"--scope {scope}: {self.name} chooses a set of experts for each layer, which is no order over all "
+                "layers; give --scope layer."
+            )
 
     def run(self, job: Job, ratio: float, seed: int | None, folder: Path) -> ExpertScores:
         """Score all experts; of ``ratio`` and ``seed`` it is given what it depends on."""
@@ -243,12 +145,40 @@ def _of_preset(preset_name: str) -> Method:
     )
 
 
+def _of_naee(name: str, progressive: bool) -> Method:
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        assert ratio is not None
+        model = job.model
+        shapes = [layer.shape for layer in model.moe_layers]
+        drops = drops_of(shapes, ratio, job.whole)
+        how = describe_search(shapes, drops)
+        if job.trainer.is_global_zero:
+            print(f"{name}: {how}.")
+        chosen = naee_sets(job.trainer, model, job.data, drops, folder, progressive)
+        settings = {"search": how, "errors": {layer: found.error for layer, found in chosen.items()}}
+        keep = {layer: found.keep for layer, found in chosen.items()}
+        return scores_of_sets(job.identity, job.data.text.fingerprint, name, shapes, keep, ratio, settings)
+
+    inputs = "of the model with the layers before cut already" if progressive else "of the full model"
+    return Method(
+        name,
+        f"Search over sets of experts (NAEE), by how far each layer's output moves on inputs {inputs}.",
+        scores,
+        settings=f"sets{EXACT_SETS}-beam{BEAM}",
+        needs_text=True,
+        per_ratio=True,
+        chooses_sets=True,
+    )
+
+
 def methods() -> list[Method]:
     """All methods: every criterion, what merges, the searches, and those of plugins."""
     return [
         *(_of_criterion(criterion) for criterion in criteria()),
         *_merging_methods(),
         *(_of_preset(name) for name in PRESETS),
+        _of_naee("naee", False),
+        _of_naee("naee-progressive", True),
         *_REGISTERED,
     ]
 

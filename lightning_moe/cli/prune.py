@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_moe.cli.cut import Cut, note_order, reduction, target_of
-from lightning_moe.cli.methods import Job, get_method
+from lightning_moe.cli.job import Job
+from lightning_moe.cli.methods import get_method
 from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, seed
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import known_stats, observe

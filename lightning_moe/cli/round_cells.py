@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning_moe.cli.grid import Cell
-from lightning_moe.cli.methods import Job
+from lightning_moe.cli.job import Job
 from lightning_moe.cli.records import Records
 from lightning_moe.cli.request import checkpoint_size
 from lightning_moe.cli.round_options import RoundOptions

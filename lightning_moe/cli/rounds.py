@@ -15,7 +15,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_moe.cli.cut import cut_on_disk
-from lightning_moe.cli.methods import Job, Method
+from lightning_moe.cli.job import Job
+from lightning_moe.cli.methods import Method
 from lightning_moe.cli.recovery import Recovery, tune
 from lightning_moe.cli.request import model_path, weights_type
 from lightning_moe.cli.score import observe_into
@@ -235,11 +236,11 @@ class Rounds:
             where = (self.trainer, model, self.data, file, partial, identity, precision)
             return observe_into(*where, stable_ranks=ranks, gradients=gradients)
 
-        job = Job(self.trainer, self.model, self.data, observe, identity)
+        job = Job(self.trainer, self.model, self.data, observe, identity, self.shapes)
         seed = round_seed(request.seed, turn) if method.seeded else 0
-        if request.direction is not None and not method.needs_text:
+        if request.direction is not None:
             return score_experts(method.stats(job), method.name, request.direction, seed)
-        return method.run(job, request.schedule.ratios[-1], seed, place / "search")
+        return method.run(job, request.schedule.ratios[turn - 1], seed, place / "search")
 
     def _measured(self, seconds: dict[str, float]) -> dict[str, Any]:
         """Perplexity, and how even the load is, on the validation text."""

@@ -37,10 +37,16 @@ def make_plan(
     rounds dropped counts as dropped, and a round may spare a layer. The plan names experts as the scores do.
 
     Raises ``InputError``, with the ratios possible, when the ratio drops nothing, more than the floors allow, or a
-    number that the groups cannot share.
+    number that the groups cannot share; and for scores of sets that were chosen for another ratio.
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: the fraction of experts to drop must lie between 0 and 1, both excluded.")
+    made_for = scores.settings.get("for_ratio", ratio)
+    if made_for != ratio or ("for_ratio" in scores.settings and scope != "layer"):
+        raise InputError(
+            f"--ratio {ratio} --scope {scope}: {scores.method} has chosen sets of experts for ratio {made_for} and "
+            "scope layer alone; give these, or search anew."
+        )
     slices = {shape.name: _slices(shape, scores.scores[shape.name].tolist()) for shape in scores.shapes}
     most = {shape.name: _most_slices(shape, floor) for shape in scores.shapes}
     before = {shape.name: shape.num_experts for shape in whole or scores.shapes}

@@ -36,7 +36,8 @@ class ExpertScores:
     comparable: bool = True
     """False when a score is an order within its layer, so that comparing layers says nothing."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """How they were made: direction, seed."""
+    """How they were made: direction, seed. ``for_ratio``, where there is one, is the only ratio that they serve, under
+    scope layer alone."""
 
     @property
     def fingerprint(self) -> str:
@@ -80,6 +81,25 @@ def score_by_all(stats: ModelStats, seed: int = 0) -> list[ExpertScores]:
     """Score all experts by every criterion, each in its paper's direction; by those on gradients if there are any."""
     there = (one for one in criteria() if stats.has_gradients or not one.gradients)
     return [score_experts(stats, criterion.name, seed=seed) for criterion in there]
+
+
+def scores_of_sets(
+    model_id: str,
+    data_fingerprint: str,
+    method: str,
+    shapes: Sequence[LayerShape],
+    keep: Mapping[str, Sequence[int]],
+    ratio: float,
+    settings: Mapping[str, Any],
+) -> ExpertScores:
+    """Scores by which scope layer keeps exactly these sets at ``ratio``: 1 for what stays, 0 for what goes.
+
+    A layer that ``keep`` does not name stays whole.
+    """
+    scores = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
+    for shape in shapes:
+        scores[shape.name][list(keep.get(shape.name, range(shape.num_experts)))] = 1.0
+    return ExpertScores(model_id, data_fingerprint, method, shapes, scores, False, {**settings, "for_ratio": ratio})
 
 
 def load_scores(file: Path, method: str | None, shapes: Sequence[LayerShape], model_id: str) -> ExpertScores:

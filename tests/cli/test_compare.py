@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from lightning_moe.callbacks.expert_observation import ExpertObservation
 from lightning_moe.cli import compare, methods
 from lightning_moe.cli.grid import Cell
-from lightning_moe.cli.methods import Job, Method, get_method
+from lightning_moe.cli.job import Job
+from lightning_moe.cli.methods import Method, get_method
 from lightning_moe.criteria import criteria
 from lightning_moe.modules import causal_lm
 from lightning_moe.pruning.scores import ExpertScores, score_experts

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_moe.cli import compare, methods, rounds
 from lightning_moe.cli.grid import make_grid
+from lightning_moe.cli.job import Job
 from lightning_moe.cli.main import main
-from lightning_moe.cli.methods import Job, Method
+from lightning_moe.cli.methods import Method
 from lightning_moe.errors import InputError
 from lightning_moe.modules import causal_lm
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -303,19 +304,19 @@ def test_the_same_rounds_by_another_name_are_known(again: Strategies, finished: 
     assert again.cells() == cells_in(finished)
 
 
-def test_a_method_for_each_ratio_works_for_the_last(strategies: Strategies, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of rounds serves all ratios, so the method looks at the highest, from the first round on."""
-    asked: list[float | None] = []
+def test_a_method_for_each_ratio_works_for_the_rounds(strategies: Strategies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round asks it for the share that is gone after that round, and says of what."""
+    asked: list[tuple[float | None, list[int] | None]] = []
 
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
-        asked.append(ratio)
+        asked.append((ratio, None if job.whole is None else [shape.num_experts for shape in job.whole]))
         return score_experts(job.stats, "reap")
 
     stock = methods.methods
     added = Method("cutwise", "For a test.", scores, per_ratio=True)
     monkeypatch.setattr(methods, "methods", lambda: [*stock(), added])
     strategies.ok("--methods", "[cutwise]", *GRID[2:], "--strategies", "[iterative]")
-    assert asked == [0.5, 0.5]
+    assert asked == [(0.25, None), (0.5, [8, 8])]  # the first is of the whole model itself
 
 
 def test_cells_of_a_version_without_strategies_do_no_harm(again: Strategies, finished: Path) -> None:
