@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
+from lightning_moe.callbacks.figure_logging import save_figure
 from lightning_moe.cli.gradient_pass import add_gradients, forget_gradients
 from lightning_moe.cli.request import (
     asked_data,
@@ -24,11 +25,14 @@ from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
+from lightning_moe.files import write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, same_model
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.ranks import check_shared
 from lightning_moe.pruning.scores import score_by_all, write_scores
+from lightning_moe.report.findings import findings
+from lightning_moe.report.findings_figure import findings_figure
 from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.store import VERSION, ModelStats, load_stats
 
@@ -36,7 +40,7 @@ from lightning_moe.stats.store import VERSION, ModelStats, load_stats
 def score(
     trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool, gradients: bool = False
 ) -> dict[str, Any] | None:
-    """Write stats.safetensors and scores.json.
+    """Write stats.safetensors, scores.json and findings.json, with its figure.
 
     ``gradients`` adds those criteria, to results that are there too: they change no other figure, so the request is
     the same.
@@ -56,6 +60,9 @@ def score(
     run.begin()
     methods = score_by_all(stats, seed())
     write_scores(run.folder / "scores.json", methods)
+    said = findings(stats, methods)
+    write_json(run.folder / "findings.json", said)
+    save_figure(run.folder / "figures" / "findings.png", findings_figure(said))
     return run.finish(
         {
             "model_id": stats.model_id,

@@ -49,7 +49,8 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
         Args:
             model: The model.
             datamodule: The calibration text.
-            out: Run folder; gets stats.safetensors, scores.json and summary.json.
+            out: Run folder; gets stats.safetensors, scores.json, findings.json (rank correlation of criteria, how often
+                experts work, how alike they are) with figures/findings.png, and summary.json.
             gradients: Score by gradients too (egs ege ego egn), which takes passes of forward and backward; as many as
                 --model.gradient_memory makes of it. Results that are there already get them added.
             overwrite: Replace the results of another request in that folder.

@@ -53,11 +53,8 @@ def test_every_command_knows_them(package: Path, checkpoint: Path, text: Path, t
     assert "mean-weight" in scored and "reap" in scored
     assert all(ids == list(range(len(ids))) for ids in read(tmp_path / "plan.json")["keep"].values())
     rows = read(tmp_path / "compare.json")["cells"]
-    assert [(row["method"], row["status"]) for row in rows] == [
-        ("full", "done"),
-        ("mean-weight", "done"),
-        ("first", "done"),
-    ]
+    assert {row["method"] for row in rows} == {"full", "mean-weight", "first"}
+    assert all(row["status"] == "done" for row in rows)
 
 
 def test_a_script_of_ones_own_knows_them(package: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
