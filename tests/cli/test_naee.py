@@ -26,12 +26,12 @@ from tests.search.naee_reference import chosen_sets
 
 METHODS = {"naee": False, "naee-progressive": True}
 QUIET = ("--trainer.enable_progress_bar", "false")
-SEQ_LEN, SAMPLES = 16, 7
+SEQ_LEN, SAMPLES = 16, 5
 LAYERS = [f"model.layers.{index}.mlp" for index in range(2)]
 
 
 def on(checkpoint: Path, text: Path) -> list[object]:
-    """Seven windows, two at a time: the last batch is smaller, and of two ranks one has a blank."""
+    """Five windows, two at a time: the last batch is smaller, and of two ranks one has blanks alone."""
     data = ["--data.path", text, "--data.seq_len", SEQ_LEN, "--data.samples", SAMPLES, "--data.batch_size", 2]
     return [*QUIET, "--model.path", checkpoint, *data]
 
@@ -205,7 +205,7 @@ def test_layers_share_passes_as_memory_allows(
     monkeypatch: pytest.MonkeyPatch,
     searched: list[str],
 ) -> None:
-    """36 products and up to 9 words for each of 7 windows of 16 in a layer."""
+    """36 products and up to 9 words for each token in a layer."""
     needed = 8 * (36 + 9) * SAMPLES * SEQ_LEN
     monkeypatch.setattr(naee, "CACHE_BYTES", 2 * needed - 1)
     run.ok(*prune(checkpoint, text, "naee", "--out", tmp_path / "apart"))
@@ -214,7 +214,7 @@ def test_layers_share_passes_as_memory_allows(
     monkeypatch.setattr(naee, "CACHE_BYTES", needed - 1)
     refused = run(*prune(checkpoint, text, "naee", "--out", tmp_path / "no"))
     assert refused.code == 2 and refused.err.count("\n") == 1
-    assert "--data.samples" in refused.err and "at most 6 windows" in refused.err
+    assert "--data.samples" in refused.err and f"at most {SAMPLES - 1} windows" in refused.err
 
 
 @pytest.mark.parametrize(("command", "method"), [("prune", "naee-progressive"), ("compare", "naee")])
@@ -265,7 +265,7 @@ def test_killed_it_goes_on_with_the_next_layer(
 def test_two_ranks_choose_what_one_does(
     checkpoint: Path, grouped: Path, text: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """By ddp, where each rank has the model, and split by moe_fsdp; windows and a blank fall on either."""
+    """By ddp, where each rank has the model, and split by moe_fsdp; windows fall on either, blanks on one."""
     jobs: dict[str, list[object]] = {
         "naee": [*on(checkpoint, text), "--trainer.strategy", "ddp"],
         "naee-progressive": [*on(grouped, text), "--trainer.strategy", "moe_fsdp"],
