@@ -44,13 +44,14 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 def put_in_place(beside: Path, target: Path) -> None:
     """Let a complete file or folder take the place of ``target``, which may be there as either.
 
-    A kill between the two renames leaves no target but the complete old one beside it, ``.NAME.old``.
+    Of files that is one step. Where there is a folder, a kill between the two renames leaves no target but the complete
+    old one beside it, ``.NAME.old``.
     """
     old = _old(target)
     remove(old)
-    if target.exists():
-        target.rename(old)
-    beside.rename(target)
+    if target.exists() and (target.is_dir() or beside.is_dir()):
+        target.replace(old)
+    beside.replace(target)
     remove(old)
 
 

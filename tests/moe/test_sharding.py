@@ -257,6 +257,7 @@ def one_speaks_for_all(folder: Path, sharding: Sharding) -> None:
     with pytest.raises(OSError if rank() == 1 else InputError, match="the disk is gone"):
         on_all_ranks(breaks)
     check_shared(folder / "new" / "shared")
+    torch.distributed.barrier()
     assert not list((folder / "new" / "shared").iterdir())
     with pytest.raises(InputError, match="rank 1 does not see what rank 0 writes there; give a folder that all nodes"):
         check_shared(folder / f"of-{rank()}")

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_moe.criteria import criteria
 from lightning_moe.moe.layers import LayerShape
-from lightning_moe.pruning.scores import ExpertScores, score_experts
+from lightning_moe.pruning.scores import ExpertScores, score_by_all
 from lightning_moe.report.findings import findings, rank_correlations
 from lightning_moe.report.findings_figure import findings_figure
 from lightning_moe.stats.observation import Observation
@@ -66,7 +65,7 @@ def test_findings_of_a_model() -> None:
         observation.next_batch(ids)
         model(input_ids=ids)
     stats = ModelStats("model", "data", observation.compute())
-    found = findings(stats, [score_experts(stats, one.name) for one in criteria()])
+    found = findings(stats, score_by_all(stats))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for layer in stats.layers:
         shares = found["frequency"][layer.shape.name]
