@@ -25,7 +25,7 @@ test: $(READY)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not scale"
 
-# The rest: processes that die, four of them, models of gigabytes. Ten minutes more.
+# The rest: processes that die, four of them, models of gigabytes, more kill points, long benchmarks. An hour.
 test-scale: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m scale
 

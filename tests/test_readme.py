@@ -38,7 +38,8 @@ def test_the_tour_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         # On less text: the last of equal options counts.
         less = ["--data.samples", "24", "--data.seq_len", "256"] if "--data.path" in command else []
         less += ["--data.val_samples", "12"] if "--data.val_path" in command else []
-        main([*shlex.split(command)[1:], *less, *(["--updates", "4"] if command.split()[1] == "search" else [])])
+        less += {"search": ["--updates", "2"], "compare": ["--seeds", "1"]}.get(command.split()[1], [])
+        main([*shlex.split(command)[1:], *less])
     for python in re.findall(r"```python\n(from transformers.*?)```", README, flags=re.DOTALL):
         exec(compile(python, "README.md", "exec"), {})
     tour = json.loads((tmp_path / "runs/tour/summary.json").read_text())

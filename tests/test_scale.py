@@ -167,7 +167,7 @@ def test_slurm_is_told_the_size_of_the_job(tmp_path: Path) -> None:
     assert said == f"--kill-on-bad-exit=1 {command}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_launchers(tmp_path: Path) -> None:
     """By torchrun's script and by Lightning itself, two processes each."""
     script = [str(ROOT / "scripts" / "torchrun_one_node.sh"), "2", *on_the_reference_model(tmp_path / "torchrun")]

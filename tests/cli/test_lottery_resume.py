@@ -450,8 +450,8 @@ def kill_when(found: Callable[[], bool], wait: float, *args: object) -> bool:
     return process.returncode != 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", thinned([0, 1], 2))
+@pytest.mark.scale
+@pytest.mark.parametrize("seed", [0, 1])
 def test_sigkill(run: Commands, checkpoint: Path, text: Path, tmp_path: Path, seed: int) -> None:
     """Three kills in one folder, at about these moments."""
     torch.set_num_threads(1)
@@ -469,8 +469,8 @@ def test_sigkill(run: Commands, checkpoint: Path, text: Path, tmp_path: Path, se
     assert_ends_alike(parts, tmp_path / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", thinned(["lottery", "global", "router-kd"], 3))
+@pytest.mark.scale
+@pytest.mark.parametrize("name", ["lottery", "global", "router-kd"])
 def test_two_ranks_keep_what_one_with_batches_twice_as_large_keeps(
     run: Commands, checkpoint: Path, text: Path, tmp_path: Path, name: str
 ) -> None:

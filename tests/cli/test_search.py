@@ -458,7 +458,7 @@ def test_sigkill_loses_no_more_than_since_the_last_save(
 # ---------------------------------------------------------------------------------------------- two ranks
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_two_ranks_equal_one_with_batches_twice_as_large(
     run: Commands, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -264,7 +264,7 @@ def test_on_two(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_killed_in_the_midst(tmp_path: Path) -> None:
     """The folder is not there, not in part; the next export takes away what lies beside."""
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
