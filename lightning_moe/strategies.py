@@ -234,6 +234,9 @@ class MoEFSDPStrategy(ModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
+        if self.is_global_zero:
+            put_back(path)
+        self.barrier()  # or another rank might look for it before
         on_all_ranks(lambda: self._check_stored(path, weights_only))
         try:
             return super().load_checkpoint(path, weights_only)
@@ -245,8 +248,6 @@ class MoEFSDPStrategy(ModelParallelStrategy):
 
     def _check_stored(self, path: Path, weights_only: bool | None) -> None:
         """Refuse the checkpoint of another model: torch would take a part of it, or say so on some ranks only."""
-        if self.is_global_zero:
-            put_back(path)
         if not path.exists():
             raise InputError(f"{path}: no such checkpoint.")
         try:

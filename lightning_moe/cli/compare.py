@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 
@@ -35,6 +34,7 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.merged_experts import NO_MERGE, Merge
+from lightning_moe.moe.ranks import gathered
 from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.schedule import check_rounds
 from lightning_moe.pruning.scores import ExpertScores
@@ -227,11 +227,7 @@ class Comparison:
 
     def _agreed(self, reason: str | None) -> str | None:
         """A cell that failed on one rank has failed on all."""
-        reasons = [reason]
-        if self.trainer.world_size > 1 and torch.distributed.is_initialized():
-            reasons *= self.trainer.world_size
-            torch.distributed.all_gather_object(reasons, reason)
-        return next((one for one in reasons if one is not None), None)
+        return next((one for one in gathered(reason) if one is not None), None)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
         if cell.method is not None:

@@ -92,10 +92,9 @@ class Method:
 
 def _of_criterion(criterion: Criterion) -> Method:
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
-        stats = job.gradient_stats if criterion.gradients else job.stats
-        return score_experts(stats, criterion.name, seed=seed)
+        return score_experts(method.stats(job), criterion.name, seed=seed)
 
-    return Method(
+    method = Method(
         criterion.name,
         criterion.summary,
         scores,
@@ -104,6 +103,7 @@ def _of_criterion(criterion: Criterion) -> Method:
         gradients=criterion.gradients,
         criterion=True,
     )
+    return method
 
 
 def _of_merging(name: str, summary: str, scored: Callable[[ModelStats], ExpertScores], rule: MergeRule) -> Method:

@@ -4,43 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import MoELayer
-from lightning_moe.moe.routing import mask_experts, read_routing, unwatched
-
-
-class _Logits(TorchFunctionMode):
-    """Sees the logits where a router's linear map makes them, or gives others in their place and computes none."""
-
-    def __init__(self, num_experts: int, given: Tensor | None = None) -> None:
-        super().__init__()
-        self.num_experts, self.given = num_experts, given
-        self.seen: Tensor | None = None
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.functional.linear:
-            return func(*args, **kwargs)
-        weight: Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
-        if weight.shape[0] != self.num_experts:
-            return func(*args, **kwargs)
-        self.seen = func(*args, **kwargs) if self.given is None else self.given
-        return self.seen
+from lightning_moe.moe.routing import AtLogits, mask_experts, read_routing, unwatched
 
 
 @dataclass(frozen=True)
@@ -74,7 +48,7 @@ class RouterReplay:
         logits = self.logits_TE if self.flat else self.logits_TE.view(*above, num_tokens, num_experts)
         hidden = self.blank.expand(*above, num_tokens, width)  # takes no memory
         args, kwargs = self.rest
-        with unwatched(), mask_experts(self.layer, keep), _Logits(num_experts, logits):
+        with unwatched(), mask_experts(self.layer, keep), AtLogits(num_experts, lambda make: logits):
             routing = read_routing(self.layer.router(hidden, *args, **kwargs), num_experts)
         weights_TE = torch.zeros(num_tokens, num_experts, dtype=torch.float64, device=self.logits_TE.device)
         return weights_TE.scatter_add_(1, routing.expert_ids_TK, routing.weights_TK.double())
@@ -87,13 +61,19 @@ def record_replays(layer: MoELayer, record: Callable[[RouterReplay], None]) -> I
     outer, forward = vars(router).get("forward"), router.forward
 
     def recorded(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with _Logits(num_experts) as logits:
+        seen: list[Tensor] = []
+
+        def see(make: Callable[[], Tensor]) -> Tensor:
+            seen.append(make())
+            return seen[-1]
+
+        with AtLogits(num_experts, see):
             output = forward(hidden, *args, **kwargs)
-        if logits.seen is None:
+        if not seen:
             raise InputError(
                 f"{layer.name}: this router makes its logits by no linear map, so they cannot be replayed."
             )
-        logits_TE, flat = logits.seen.reshape(-1, num_experts), logits.seen.dim() == 2
+        logits_TE, flat = seen[-1].reshape(-1, num_experts), seen[-1].dim() == 2
         record(RouterReplay(layer, logits_TE, tuple(hidden.shape), hidden.new_zeros(1), flat, (args, kwargs)))
         return output
 

@@ -95,16 +95,16 @@ def rewrite_weights(
             handle.remove()
 
 
-class _MaskedLogits(TorchFunctionMode):
-    """Sets the logits of dropped experts to -inf where the router's linear map makes them.
+class AtLogits(TorchFunctionMode):
+    """Lets ``instead`` give the logits where a router's linear map makes them; its argument makes the router's own.
 
     Every family computes its logits by ``linear`` inside the router's forward and goes on from there in its own
-    way (softmax, sigmoid, groups, bias); only at that place is one mask right for all of them.
+    way (softmax, sigmoid, groups, bias); only at that place is one change right for all of them.
     """
 
-    def __init__(self, dropped_E: Tensor) -> None:
+    def __init__(self, num_experts: int, instead: Callable[[Callable[[], Tensor]], Tensor]) -> None:
         super().__init__()
-        self.dropped_E = dropped_E
+        self.num_experts, self.instead = num_experts, instead
         self.hits = 0
 
     def __torch_function__(
@@ -114,11 +114,14 @@ class _MaskedLogits(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and result.shape[-1] == self.dropped_E.shape[0]:
-            self.hits += 1
-            result = result.masked_fill(self.dropped_E.to(result.device), float("-inf"))
-        return result
+        kwargs = kwargs or {}
+        if func is not nn.functional.linear:
+            return func(*args, **kwargs)
+        weight: Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
+        if weight.shape[0] != self.num_experts:
+            return func(*args, **kwargs)
+        self.hits += 1
+        return self.instead(lambda: func(*args, **kwargs))
 
 
 @contextmanager
@@ -144,8 +147,12 @@ def mask_experts(layer: MoELayer, keep: Sequence[int]) -> Iterator[None]:
     saved = [bias.detach().clone() for bias in biases]
     forward = layer.router.forward
 
+    def masked(make: Callable[[], Tensor]) -> Tensor:
+        logits = make()
+        return logits.masked_fill(dropped_E.to(logits.device), float("-inf"))
+
     def masked_forward(*args: Any, **kwargs: Any) -> Any:
-        with _MaskedLogits(dropped_E) as mask:
+        with AtLogits(layer.num_experts, masked) as mask:
             output = forward(*args, **kwargs)
         if mask.hits != 1:
             raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import pickle
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lightning_moe.errors import InputError, first_line
+from lightning_moe.errors import UNREADABLE, InputError, first_line
 from lightning_moe.moe.checkpoints import all_finite, new_model, read_config, resolve, weight_files
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
 from lightning_moe.moe.sharding import Sharding, decoder_layers
@@ -95,7 +94,7 @@ def _fill(model: PreTrainedModel, part: nn.Module, stored: Stored, loading: Load
     """Put stored tensors where they belong, converted as transformers does, and see that they are whole and finite."""
     try:
         info, _ = convert_and_load_state_dict_in_model(model, dict(stored), loading)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(error)}") from error
     if info.error_msgs:
         raise InputError(f"--model.path {path}: it cannot be loaded: {first_line(ValueError(info.error_msgs[0]))}")
@@ -146,6 +145,6 @@ def _opened(files: Iterable[Path]) -> Iterator[Stored]:
                     stored |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
                 else:
                     stored |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            except (*UNREADABLE, SafetensorError) as error:
                 raise InputError(f"{file}: cannot be read as weights ({first_line(error)}).") from error
         yield stored
