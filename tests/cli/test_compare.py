@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
-from lightning_moe.cli import compare, methods
+from lightning_moe.cli import cells, methods
 from lightning_moe.cli.grid import Cell
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.methods import Method, get_method
@@ -50,7 +50,7 @@ class Compare:
         self.args = [*QUIET, "--model.path", checkpoint, *data, "--data.val_samples", 8]
         self.measured = self.observed = 0
         self.before_measuring: Callable[[int], None] = lambda turn: None
-        measure, batch = compare.measure, ExpertObservation._next_batch
+        measure, batch = cells.measure, ExpertObservation._next_batch
 
         def counting_measure(*args: Any) -> dict[str, Any]:
             self.measured += 1
@@ -61,7 +61,7 @@ class Compare:
             self.observed += 1
             batch(*args)
 
-        patch.setattr(compare, "measure", counting_measure)
+        patch.setattr(cells, "measure", counting_measure)
         patch.setattr(ExpertObservation, "_next_batch", counting_batch)
 
     def __call__(self, *args: object) -> Result:
@@ -319,7 +319,7 @@ def test_one_failing_method_leaves_the_others_and_is_tried_again(
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_one_rank_alone_may_suffer_ends_the_job_of_several(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others would wait for it within the cell."""
-    comparison = object.__new__(compare.Comparison)
+    comparison = object.__new__(cells.Comparison)
     comparison.trainer = SimpleNamespace(world_size=ranks)  # type: ignore[assignment]
     comparison._cells = SimpleNamespace(put=lambda name, row: row)  # type: ignore[assignment]
     monkeypatch.setattr(comparison, "_measured", lambda cell: (_ for _ in ()).throw(OSError("disk full")))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_moe.cli import compare, lottery, rounds
+from lightning_moe.cli import cells, lottery, rounds
 from lightning_moe.modules import causal_lm
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.search.presets import PRESETS
@@ -118,7 +118,7 @@ def test_compare_never_holds_two_networks(
 ) -> None:
     """Each run of rounds and each cut begins with a whole model."""
     loaded, measured = Loaded(monkeypatch), list[int]()
-    for module in (compare, rounds):
+    for module in (cells, rounds):
 
         def counted(*args: Any, stock: Any = module.measure) -> Any:
             measured.append(_count(loaded))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_moe.cli import compare, methods, rounds
+from lightning_moe.cli import cells, methods, rounds
 from lightning_moe.cli.grid import make_grid
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.main import main
@@ -80,9 +80,9 @@ class Strategies:
         self.run, self.args, self.out = run, args, out
         self.counts = {"measured": 0, "tuned": 0, "observed": 0, "steps": 0, "loaded": 0}
         self.before_step: Callable[[int], None] = lambda turn: None
-        self._count(patch, "measured", (compare, "measure"), (rounds, "measure"))
+        self._count(patch, "measured", (cells, "measure"), (rounds, "measure"))
         self._count(patch, "tuned", (rounds, "tune"))
-        self._count(patch, "observed", (compare, "observe"), (rounds, "observe_into"))
+        self._count(patch, "observed", (cells, "observe"), (rounds, "observe_into"))
         self._count(patch, "loaded", (causal_lm, "load_model"))
         step = MoECausalLM.training_step
 
