@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from subprocess import Popen
 from typing import Any, NoReturn
 
+import torch
 from lightning.fabric.utilities import rank_zero_only
 
 GO_ON = "The same command goes on from the last finished step."
@@ -55,9 +57,18 @@ def leave(message: str, children: Iterable[Popen[Any]] = ()) -> NoReturn:
     sys.exit(2)
 
 
-def _several() -> bool:
-    import torch
+def part() -> None:
+    """Part from the other ranks while the interpreter is whole.
 
+    gloo's threads may hold tensors a moment longer than the work on them takes; a thread that lets go of one while
+    Python is torn down ends the process by SIGABRT, after all was done. Without its users a group ends its threads.
+    """
+    if _several():
+        gc.collect()  # modules and meshes that hold groups
+        torch.distributed.destroy_process_group()
+
+
+def _several() -> bool:
     return bool(
         torch.distributed.is_available()
         and torch.distributed.is_initialized()

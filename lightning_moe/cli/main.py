@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from typing_extensions import override
 
 from lightning_moe.cli.cluster import Cluster
-from lightning_moe.cli.leaving import GO_ON, failed_write, leave, lost_rank
+from lightning_moe.cli.leaving import GO_ON, failed_write, leave, lost_rank, part
 from lightning_moe.cli.plugins import load_plugins
 from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
@@ -61,6 +61,11 @@ class MoECLI(LightningCLI):
     launcher: ClassVar[Any] = None
     """What starts the other ranks, if this process does."""
 
+    def __init__(self, args: ArgsType, **kwargs: Any) -> None:
+        words = sys.argv[1:] if args is None else args
+        self._asked = {name for name in self.subcommands() if name in words} or set(self.subcommands())
+        super().__init__(MoECausalLM, TextDataModule, args=args, **kwargs)
+
     @override
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -68,6 +73,8 @@ class MoECLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand not in self._asked:
+            return self.init_parser(**kwargs)  # a name with its help: options take a tenth of a second to collect
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in COMMANDS:
             # What --help says first should be the command's own options, not the hundred of the Trainer.
@@ -101,7 +108,8 @@ class MoECLI(LightningCLI):
 def main(args: ArgsType = None) -> None:
     """Run one command; bad input ends with one line on stderr and exit code 2."""
     quiet()
-    if args is None:
+    alone = args is None
+    if alone:
         args = sys.argv[1:]
         signal.signal(signal.SIGTERM, _terminate)
     if isinstance(args, list):
@@ -109,16 +117,16 @@ def main(args: ArgsType = None) -> None:
     try:
         load_plugins()
         MoECLI(
-            MoECausalLM,
-            TextDataModule,
+            args,
             trainer_class=MoETrainer,
             save_config_callback=None,
             auto_configure_optimizers=False,  # MoECausalLM has its own, with decay groups
             seed_everything_default=0,
             parser_class=OneLineParser,
             parser_kwargs={"description": "Train, score, prune and evaluate Mixture-of-Experts language models."},
-            args=args,
         )
+        if alone:
+            part()
     except (InputError, MisconfigurationException, OSError) as error:
         # An OSError is a full disk, a folder without permission: the message names it.
         leave(" ".join(str(error).split()), _children())

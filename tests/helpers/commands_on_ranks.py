@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_moe.cli.leaving import part
 from lightning_moe.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -42,3 +43,4 @@ if __name__ == "__main__":
         for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
             os.environ.pop(name, None)
         main(command)
+    part()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,18 +40,23 @@ def _work(rank: int, ranks: int, replicas: int, offload: bool, folder: Path, che
     patience = timedelta(minutes=3)  # with a rank that failed where another still waits
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=patience)
     try:
-        sharding = Sharding(make_mesh("cpu", ranks, replicas), offload=offload)
-        for check in checks:
-            problem = None
-            try:
-                check(folder, sharding)
-            except Exception:
-                problem = traceback.format_exc()
-            problems: list[Any] = [None] * ranks
-            torch.distributed.all_gather_object(problems, problem)
-            assert problems == [None] * ranks, f"{check}\n" + "\n".join(filter(None, problems))
+        _carry_out(checks, folder, Sharding(make_mesh("cpu", ranks, replicas), offload=offload))
     finally:
+        gc.collect()  # the last users of the group's threads go with it, see cli/leaving.py
         torch.distributed.destroy_process_group()
+
+
+def _carry_out(checks: tuple[Check, ...], folder: Path, sharding: Sharding) -> None:
+    ranks = torch.distributed.get_world_size()
+    for check in checks:
+        problem = None
+        try:
+            check(folder, sharding)
+        except Exception:
+            problem = traceback.format_exc()
+        problems: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(problems, problem)
+        assert problems == [None] * ranks, f"{check}\n" + "\n".join(filter(None, problems))
 
 
 def written(family: str, folder: Path, name: str | None = None, **settings: Any) -> Path:
