@@ -80,7 +80,7 @@ def folder(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PL_GLOBAL_SEED", raising=False)
         main([*map(str, fits[0]), "--trainer.accelerator", "cpu"])
-    commands_on_ranks(2, folder, [*two, fits[1]])
+    commands_on_ranks(2, [*two, fits[1]])
     return folder
 
 
@@ -201,7 +201,7 @@ def test_fewer_experts_than_ranks_and_replicas(run: Commands, checkpoint: Path, 
         prune = ["prune", "--model.path", path, *data, *LOTTERY, "--rounds", 1]
         one = tmp_path / f"{name}-1"
         run.ok(*prune, "--data.batch_size", 4, "--trainer.accelerator", "cpu", "--out", one)
-        commands_on_ranks(4, tmp_path, [[*prune, "--data.batch_size", 1, "--out", tmp_path / f"{name}-4"]], how)
+        commands_on_ranks(4, [[*prune, "--data.batch_size", 1, "--out", tmp_path / f"{name}-4"]], how)
         plans = [read(tmp_path / f"{name}-{ranks}" / "plan.json")["keep"] for ranks in (1, 4)]
         assert plans[0] == plans[1]
         ends = [read(tmp_path / f"{name}-{ranks}" / "prune.json")["perplexity_after"] for ranks in (1, 4)]
@@ -216,7 +216,7 @@ def test_quantised(run: Commands, text: Path, tmp_path: Path) -> None:
     data += ["--data.batch_size", 2, "--trainer.enable_progress_bar", "false"]
     packed = ["--trainer.strategy", "lightning_moe.strategies.MoEFSDPStrategy", "--trainer.strategy.quantize", "nf4"]
     jobs = [["score", *data, "--out", tmp_path / "4"], ["search", *data, "--updates", 3, "--out", tmp_path / "4"]]
-    commands_on_ranks(2, tmp_path, jobs, packed)
+    commands_on_ranks(2, jobs, packed)
     run.ok("score", *data, "--trainer.accelerator", "cpu", "--out", tmp_path / "16")
     four, whole = (load_stats(tmp_path / bits / "stats.safetensors") for bits in ("4", "16"))
     assert "nf4" in four.dtype and four.dtype != whole.dtype

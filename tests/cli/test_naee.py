@@ -271,7 +271,7 @@ def test_two_ranks_choose_what_one_does(
         "naee-progressive": [*on(grouped, text), "--trainer.strategy", "moe_fsdp"],
     }
     told = [["prune", *args, "--method", method, "--out", tmp_path / method] for method, args in jobs.items()]
-    commands_on_ranks(2, tmp_path, told, strategy=[])
+    commands_on_ranks(2, told, strategy=[])
     for method in jobs:
         one, two = (read(folder / method / "plan.json") for folder in (finished, tmp_path))
         assert two["keep"] == one["keep"]

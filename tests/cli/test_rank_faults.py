@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.commands_on_ranks import ROOT
-from tests.helpers.processes import train_py, wait_for
+from tests.helpers.processes import ROOT, train_py, wait_for
 
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "moe_fsdp")
 

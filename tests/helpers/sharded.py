@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 from lightning_moe.moe.checkpoints import save_model
@@ -23,13 +22,14 @@ from lightning_moe.moe.ranks import average_over_ranks
 from lightning_moe.moe.sharding import Sharding, make_mesh
 from lightning_moe.moe.split_tensors import is_split, whole
 from tests.helpers.families import tiny_model
+from tests.helpers.forked_ranks import start_ranks
 
 Check = Callable[[Path, Sharding], None]
 
 
 def on_ranks(ranks: int, folder: Path, *checks: Check, replicas: int = 1, offload: bool = False) -> None:
     """Carry out every check on ``ranks`` gloo processes of one start; what fails on any says which and why."""
-    spawn(_work, (ranks, replicas, offload, folder, checks), nprocs=ranks)
+    start_ranks(_work, ranks, ranks, replicas, offload, folder, checks)
 
 
 def _work(rank: int, ranks: int, replicas: int, offload: bool, folder: Path, checks: tuple[Check, ...]) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
@@ -31,6 +30,7 @@ from lightning_moe.stats.store import ModelStats, load_stats
 from lightning_moe.stats.weights import largest_singular_value, stable_rank, weight_stats
 from tests.helpers import reference
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, VOCAB, tiny_batch, tiny_model
+from tests.helpers.forked_ranks import start_ranks
 from tests.helpers.plans import fewest_plan, non_uniform_plan
 from tests.helpers.ranks import observe_share
 
@@ -416,7 +416,7 @@ def test_outputs_of_zero_are_counted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 1, 2, 3], []]], ids=["halves", "all and nothing"])
 def test_two_ranks_equal_one(shares: list[list[int]], tmp_path: Path) -> None:
-    spawn(observe_share, (2, shares, tmp_path), nprocs=2)
+    start_ranks(observe_share, 2, 2, shares, tmp_path)
     model, batch = tiny_model("qwen2_moe"), tiny_batch(batch=4)
     expected = observe(model, [batch[[sequence]] for sequence in range(4)])
     first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
