@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_moe.errors import InputError
 from lightning_moe.strategies import MoEFSDPStrategy, check_strategy
-from tests.helpers.foreign_ranks import alone
+from tests.helpers.foreign_ranks import alone, on_ranks
 
 Figures = dict[str, Any]
 
@@ -28,19 +24,10 @@ class Runs(NamedTuple):
     folder: Path
 
 
-def run(job: str, folder: Path, devices: int) -> Figures:
-    command = [sys.executable, "-m", "tests.helpers.foreign_ranks", job, str(folder), str(devices)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    found: Figures = json.loads((folder / f"{job}.json").read_text())
-    return found
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("foreign")
-    return Runs(alone(folder), run("two", folder, 2), folder)
+    return Runs(alone(folder), on_ranks("two", folder, 2), folder)
 
 
 def weights_differ(one: Figures, other: Figures) -> float:
@@ -129,7 +116,7 @@ def test_goes_on_from_one_process(runs: Runs) -> None:
 
 
 def test_one_process_goes_on_from_two(runs: Runs) -> None:
-    back = run("back", runs.folder, 1)
+    back = on_ranks("back", runs.folder, 1)
     for full in ("False", "True"):
         assert len(back[full]["losses"]) == 2
         same_fit(back[full], runs.one["two epochs"])
@@ -138,7 +125,7 @@ def test_one_process_goes_on_from_two(runs: Runs) -> None:
 @pytest.mark.scale
 def test_replicas(runs: Runs) -> None:
     """Four processes, of which two and two hold the model."""
-    four = run("four", runs.folder, 4)
+    four = on_ranks("four", runs.folder, 4)
     for how in ("automatic", "clipped", "headed"):
         same_fit(four[how], runs.one[how])
     assert len(four["resumed"]["losses"]) == 2

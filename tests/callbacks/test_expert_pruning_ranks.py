@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +12,34 @@ from transformers import AutoModelForCausalLM
 
 from lightning_moe.moe.checkpoints import load_model
 from tests.helpers.families import tiny_batch
+from tests.helpers.forked_ranks import start_as_torchrun
+from tests.helpers.pruning_ranks import work
+from tests.helpers.shared_work import shared_folder
 
 Runs = dict[str, dict[str, Any]]
-STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "fsdp": "moe_fsdp"}
+STRATEGIES = {"one": (1, "auto"), "ddp": (2, "ddp_find_unused_parameters_true"), "fsdp": (2, "moe_fsdp")}
+"""Of each job, with its number of processes."""
 FITS = ("layer", "global", "biased", "random", "stopped", "resumed")
-
-
-def run(job: str, folder: Path, devices: int, strategy: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.helpers.pruning_ranks", job, str(folder), str(devices), strategy]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads((folder / f"{job}.json").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pruning")
+    """All fits, on one process and on two."""
+    return shared_folder(tmp_path_factory, "pruning", carry_out)
+
+
+def carry_out(folder: Path) -> None:
+    for job, (devices, strategy) in STRATEGIES.items():
+        start_as_torchrun(work, devices, job, folder, devices, strategy)
 
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> Runs:
-    several = {job: run(job, folder, 2, strategy) for job, strategy in STRATEGIES.items()}
-    return {"one": run("one", folder, 1, "auto"), **several}
+    return {job: json.loads((folder / f"{job}.json").read_text()) for job in STRATEGIES}
 
 
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("job", STRATEGIES)
+@pytest.mark.parametrize("job", ["ddp", "fsdp"])
 def test_as_on_one_process(runs: Runs, job: str, fit: str) -> None:
     """Kept experts, scores, load, tokens and sizes of every round, perplexities and losses, what the monitor saw."""
     one, two = runs["one"][fit], runs[job][fit]
@@ -71,7 +68,7 @@ def test_as_on_one_process(runs: Runs, job: str, fit: str) -> None:
 
 def test_both_strategies_search_alike(runs: Runs) -> None:
     """A search takes a batch of each rank per update, so only these two are the same search."""
-    ddp, fsdp = (runs[job]["search"]["records"][0] for job in STRATEGIES)
+    ddp, fsdp = (runs[job]["search"]["records"][0] for job in ("ddp", "fsdp"))
     assert ddp["keep"] == fsdp["keep"]
     assert len(ddp["keep"]["model.layers.0.mlp"]) == 4
 
@@ -84,7 +81,7 @@ def test_resumed_as_if_not_stopped(runs: Runs) -> None:
         assert resumed["logits"] == pytest.approx(whole["logits"], abs=1e-5)
 
 
-@pytest.mark.parametrize("job", STRATEGIES)
+@pytest.mark.parametrize("job", ["ddp", "fsdp"])
 def test_exports_leave_them_out(runs: Runs, folder: Path, job: str) -> None:
     """What stock transformers loads computes what the masked model did."""
     assert runs[job]["layer"]["left"] == [4, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lightning_moe.cli.main import main
 from lightning_moe.moe.checkpoints import load_model
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.stats.layer_stats import GRADIENTS, TENSORS
 from lightning_moe.stats.store import load_stats
 from tests.helpers.checkpoint import Commands, save_checkpoint
 from tests.helpers.commands_on_ranks import commands_on_ranks
+from tests.helpers.shared_work import shared_folder
 
 LOTTERY = ("--method", "ean", "--ratio", 0.5, "--finetune_tokens", 128, "--finetune_lr", 0.01)
 
@@ -63,9 +66,10 @@ SIZES = {"one": 4, "two": 2}
 @pytest.fixture(scope="module")
 def folder(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All jobs, by one process and by two."""
-    from lightning_moe.cli.main import main
+    return shared_folder(tmp_path_factory, "split", partial(carry_out, checkpoint, text))
 
-    folder = tmp_path_factory.mktemp("split")
+
+def carry_out(checkpoint: Path, text: Path, folder: Path) -> None:
     asked = jobs(checkpoint, text)
     for name, command in asked.items():
         own = ["--trainer.accelerator", "cpu", "--data.batch_size", SIZES["one"], "--out", folder / "one" / name]
@@ -81,7 +85,6 @@ def folder(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
         patch.delenv("PL_GLOBAL_SEED", raising=False)
         main([*map(str, fits[0]), "--trainer.accelerator", "cpu"])
     commands_on_ranks(2, [*two, fits[1]])
-    return folder
 
 
 def both(folder: Path, job: str, file: str) -> tuple[dict[str, Any], dict[str, Any]]:

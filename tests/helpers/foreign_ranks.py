@@ -1,6 +1,6 @@
 """Somebody's script: a LightningModule, a Trainer and ``moe_fsdp``, on as many processes as it is told.
 
-Run as ``python -m tests.helpers.foreign_ranks JOB FOLDER DEVICES``; rank 0 writes what it found to ``FOLDER/JOB.json``.
+``on_ranks(JOB, FOLDER, DEVICES)``; rank 0 writes what it found to ``FOLDER/JOB.json``.
 ``two`` does what ``alone`` does on one process, and what only several ranks can; ``back`` goes on from its checkpoints;
 ``four`` are replicas.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from lightning_moe.moe.ranks import gathered, num_ranks, rank
 from lightning_moe.moe.split_tensors import is_split, whole
 from lightning_moe.strategies import MoEFSDPStrategy
 from tests.helpers.families import HIDDEN, VOCAB, tiny_batch, tiny_model
+from tests.helpers.forked_ranks import start_as_torchrun
 
 BATCH = 4
 VALIDATED = 50
@@ -377,12 +377,14 @@ def four(run: Callable[..., Run], folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    job, folder, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+def on_ranks(job: str, folder: Path, devices: int) -> dict[str, Any]:
+    """What rank 0 found, of a job on so many processes."""
+    start_as_torchrun(_work, devices, job, folder, devices)
+    found: dict[str, Any] = json.loads((folder / f"{job}.json").read_text())
+    return found
+
+
+def _work(job: str, folder: Path, devices: int) -> None:
     found = {"two": two, "back": back, "four": four}[job](partial(Run, devices), folder)
     if rank() == 0:
         (folder / f"{job}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

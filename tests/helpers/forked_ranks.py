@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
+
+from lightning_moe.cli.leaving import part
 
 PRELOADED = ["lightning_moe.cli.main", "lightning_moe.modules.router_distillation", "tests.helpers.families"]
 
@@ -18,3 +23,21 @@ def start_ranks(work: Callable[..., None], ranks: int, *args: Any) -> None:
     """
     multiprocessing.set_forkserver_preload(PRELOADED)  # heeded when the server starts, by the first call
     start_processes(work, args, nprocs=ranks, start_method="forkserver")
+
+
+def start_as_torchrun(work: Callable[..., None], ranks: int, *args: Any) -> None:
+    """Call ``work(*args)`` in every process, which finds in its environment what torchrun leaves there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_ranks(_as_torchrun, ranks, ranks, port, work, args)
+
+
+def _as_torchrun(rank: int, ranks: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)  # whatever was there when the server started
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    work(*args)
+    part()

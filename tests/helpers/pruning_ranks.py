@@ -1,13 +1,12 @@
 """Somebody's fit with our callbacks, which prunes, on as many processes as it is told.
 
-Run as ``python -m tests.helpers.pruning_ranks JOB FOLDER DEVICES STRATEGY``; rank 0 writes what the callbacks recorded
-to ``FOLDER/JOB.json``, and models to ``FOLDER/JOB-NAME``.
+``work(JOB, FOLDER, DEVICES, STRATEGY)`` on each; rank 0 writes what the callbacks recorded to ``FOLDER/JOB.json``, and
+models to ``FOLDER/JOB-NAME``.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -90,8 +89,7 @@ class Stop(Callback):
             trainer.should_stop = True
 
 
-def main() -> None:
-    job, folder, devices, strategy = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+def work(job: str, folder: Path, devices: int, strategy: str) -> None:
     found: dict[str, Any] = {}
 
     def fit(name: str, family: str, ckpt: Path | None = None, stop: Path | None = None, **settings: Any) -> None:
@@ -134,7 +132,3 @@ def main() -> None:
     fit("resumed", "mixtral", ckpt=folder / f"{job}.ckpt")
     if rank() == 0:
         (folder / f"{job}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.layer_stats import TENSORS
 from lightning_moe.stats.store import load_stats
 from tests.helpers.checkpoint import VOCAB, read, write_text
+from tests.helpers.commands_on_ranks import commands_on_ranks
 from tests.helpers.families import tiny_batch, tiny_model
 from tests.helpers.thinning import thinned
 
@@ -374,20 +372,6 @@ def test_predict_runs_the_decoder_alone(checkpoint: Path, text: Path, tmp_path: 
     assert not head
 
 
-def on_two_ranks(*args: object) -> None:
-    """Run a command on two processes of gloo."""
-    ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[2] / "train.py"), *map(str, [*args, *ranks])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=own | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("job", thinned(["score", "evaluate"], 2))
 def test_two_ranks_equal_one(checkpoint: Path, text: Path, tmp_path: Path, job: str) -> None:
@@ -395,7 +379,7 @@ def test_two_ranks_equal_one(checkpoint: Path, text: Path, tmp_path: Path, job: 
     data = ["--data.path", text, "--data.seq_len", 16, "--data.samples", 11, "--data.batch_size", 2]
     args = [job, "--model.path", checkpoint, *data]
     main([str(arg) for arg in (*args, "--trainer.accelerator", "cpu", "--out", tmp_path / "1")])
-    on_two_ranks(*args, "--out", tmp_path / "2")
+    commands_on_ranks(2, [[*args, "--out", tmp_path / "2"]], "ddp")
     one, two = (read(tmp_path / str(ranks) / "summary.json") for ranks in (1, 2))
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["tokens"] == two["tokens"]
