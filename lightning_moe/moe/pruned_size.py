@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from safetensors import safe_open
 
+from lightning_moe.moe.block_cuts import EXPERT, cut_of, find_cuts
 from lightning_moe.moe.checkpoints import resolve, skeleton, weight_files
-from lightning_moe.moe.compaction import EXPERT, cut_of, find_cuts
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.surgery import keep_experts
 
