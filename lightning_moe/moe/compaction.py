@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from lightning_moe.moe.checkpoints import (
     weight_files,
     write_model,
 )
+from lightning_moe.moe.decoder_layers import renumbered
 from lightning_moe.moe.kept_tensors import check_types, kept_tensors, neuron_axes
+from lightning_moe.moe.layer_settings import settings_without
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.merged_experts import NO_MERGE, Merge, check_merge
 from lightning_moe.moe.non_uniform import COUNT_NAMES
 from lightning_moe.moe.skip_tables import cut_entry, store_entry
 from lightning_moe.moe.skipping import CONFIG_KEY
-from lightning_moe.moe.surgery import check_keep, keep_experts, set_counts
+from lightning_moe.moe.surgery import check_keep, drop_settings, keep_experts, set_counts
 from lightning_moe.moe.weight_shards import SHARD_BYTES, write_shards
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -42,10 +44,12 @@ def compact_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     skipping: Mapping[str, Any] | None = None,
     merge: Merge = NO_MERGE,
+    blocks: Collection[str] = (),
 ) -> None:
     """Copy the checkpoint at ``source`` to ``target`` without the experts that ``keep`` does not name.
 
-    Kept tensors are copied bit by bit, quantised ones included; experts are numbered anew, router rows and biases
+    Where it names none of a layer the MoE block goes as a whole; ``blocks`` names those whose decoder layers go. Kept
+    tensors are copied bit by bit, quantised ones included; experts are numbered anew, router rows and biases
     follow. Everything else in the folder (tokenizer, generation config) travels along. The folder is complete or
     not there at all. Raises ``InputError`` before writing when the plan does not fit the model.
 
@@ -57,7 +61,7 @@ def compact_checkpoint(
     model = skeleton(source)
     layers = find_moe_layers(model)
     shapes = [layer.shape for layer in layers]
-    check_keep(shapes, keep)
+    check_keep(shapes, keep, blocks)
     check_merge(shapes, keep, merge)
     folder = resolve(source)
     files = weight_files(folder)
@@ -65,12 +69,14 @@ def compact_checkpoint(
         loaded = load_model(source)
         if skipping is not None:
             store_entry(loaded.config, skipping)
-        keep_experts(loaded, keep, merge)
+        keep_experts(loaded, keep, merge, blocks)
         with replaced_folder(target) as beside:
             _copy_companions(folder, beside)
             write_model(loaded, beside)
         return
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
+    dropped = [shape.index for shape in shapes if shape.name in blocks]
+    settings = settings_without(model.config, dropped) if dropped else {}
     cuts = find_cuts(files, by_index)
     merging = [layer for layer in layers if layer.name in merge.groups]
     axes = neuron_axes(files, model, merging, cuts) if merge.align else {}
@@ -84,14 +90,18 @@ def compact_checkpoint(
         for layer in merging
     }
     check_types(files, merged)
-    set_counts(model.config, {shape.index: len(by_index[shape.index][1]) for shape in shapes})
+    if dropped:
+        drop_settings(model.config, settings, dropped)
+    left = {index: ids for index, (_, ids) in by_index.items() if index not in dropped}
+    set_counts(model.config, {renumbered(index, dropped): len(ids) for index, ids in left.items()})
     if skipping is not None:
         store_entry(model.config, skipping)
-    cut_entry(model.config, {index: ids for index, (_, ids) in by_index.items()})
+    cut_entry(model.config, left, dropped)
     with replaced_folder(target) as beside:
         _copy_companions(folder, beside)
-        write_shards(kept_tensors(files, {**cuts, **merged}), beside, shard_bytes)
-        config = _with_counts(json.loads((folder / "config.json").read_text()), model.config, type(model).__name__)
+        write_shards(kept_tensors(files, {**cuts, **merged}, dropped), beside, shard_bytes)
+        raw = json.loads((folder / "config.json").read_text())
+        config = _brought_in_line(raw, model.config, type(model).__name__, settings)
         add_modelling_file(config, beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -118,8 +128,10 @@ def check_mergeable(source: str, align: bool = False) -> None:
             neuron_axes(files, model, layers, cuts)
 
 
-def _with_counts(raw: dict[str, Any], config: PreTrainedConfig, type_name: str) -> dict[str, Any]:
-    """The config as it lay on disk, with only the counts of experts and the skip tables changed."""
+def _brought_in_line(
+    raw: dict[str, Any], config: PreTrainedConfig, type_name: str, settings: Collection[str]
+) -> dict[str, Any]:
+    """The config as it lay on disk, with only the counts of experts, the skip tables and ``settings`` changed."""
     holder, settled = raw.get("text_config", raw), config.get_text_config().to_dict()
     for name in ("per_layer_config", "allow_global_per_layer_attribute_access", CONFIG_KEY):
         if settled.get(name):
@@ -127,10 +139,10 @@ def _with_counts(raw: dict[str, Any], config: PreTrainedConfig, type_name: str) 
         else:
             holder.pop(name, None)
     for alias, name in config.get_text_config().attribute_map.items():
-        if name in COUNT_NAMES:
+        if name in COUNT_NAMES or name in settings:
             holder.pop(alias, None)  # two names for one count would contradict each other
-    for name in COUNT_NAMES:
-        if isinstance(settled.get(name), int):
+    for name in (*COUNT_NAMES, *settings):
+        if name in settings or isinstance(settled.get(name), int):
             holder[name] = settled[name]
     if "output_router_logits" in holder:
         holder["output_router_logits"] = settled.get("output_router_logits", False)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
-from lightning_moe.moe.block_cuts import EXPERT, FIRST, BlockCut, cut_of
+from lightning_moe.moe.block_cuts import EXPERT, FIRST, BlockCut, cut_of, name_after
 from lightning_moe.moe.disk_layout import DiskLayout
 from lightning_moe.moe.layers import MoELayer
 from lightning_moe.moe.merged_experts import (
@@ -29,22 +29,26 @@ from lightning_moe.moe.neuron_order import NeuronAxis, NeuronOrders, axes_in_mem
 from lightning_moe.moe.tensor_reader import TensorReader, finite, opened, tensor_reader
 
 
-def kept_tensors(files: Sequence[Path], cuts: Mapping[int, BlockCut]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that stays, under its new name and at its new size."""
+def kept_tensors(
+    files: Sequence[Path], cuts: Mapping[int, BlockCut], dropped: Collection[int] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that stays, under its new name and at its new size; ``dropped`` are decoder layers that go."""
     with tensor_reader(files if any(cut.groups for cut in cuts.values()) else ()) as reader:
         orders = {id(cut): NeuronOrders(cut.axes, partial(_of_expert, reader)) for cut in cuts.values()}
         for file in files:
             with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    cut = cut_of(name, cuts)
+                    cut, after = cut_of(name, cuts), name_after(name, cuts, dropped)
+                    if after is None:
+                        continue
                     if cut is None:
-                        yield name, finite(name, tensors.get_tensor(name))
+                        yield after, finite(name, tensors.get_tensor(name))
                         continue
                     expert = EXPERT.search(name)
                     reorder = partial(orders[id(cut)].reordered, EXPERT.sub(FIRST, name)) if cut.axes else as_it_is
                     if expert is None:
                         stack = finite(name, tensors.get_tensor(name))
-                        yield name, _cut_stack(name, stack, cut, reorder)
+                        yield after, _cut_stack(name, stack, cut, reorder)
                     elif int(expert.group(1)) in cut.keep:
                         own = int(expert.group(1))
                         tensor = finite(name, tensors.get_tensor(name))
@@ -52,7 +56,7 @@ def kept_tensors(files: Sequence[Path], cuts: Mapping[int, BlockCut]) -> Iterato
                         if joined:
                             others = ((i, _of_expert(reader, name, i), weight) for i, weight in joined)
                             tensor = merged_tensor(tensor, ((reorder(own, i, t), weight) for i, t, weight in others))
-                        yield EXPERT.sub(f".experts.{list(cut.keep).index(own)}.", name), tensor
+                        yield EXPERT.sub(f".experts.{list(cut.keep).index(own)}.", after), tensor
 
 
 def _of_expert(reader: TensorReader, name: str, expert: int) -> Tensor:
