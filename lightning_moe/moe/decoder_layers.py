@@ -16,19 +16,29 @@ LENGTH_NAME = "num_hidden_layers"
 """Under which configs, and a few modules, have the number of decoder layers."""
 
 
+def decoder_of(model: nn.Module, name: str) -> nn.Module:
+    """The decoder layer that holds the MoE block called ``name``."""
+    path, number = _place(name)
+    return model.get_submodule(f"{path}.{number}")
+
+
 def decoder_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list that holds the MoE blocks, and its path."""
-    name = find_moe_layers(model)[0].name
-    place = re.match(r"(.*?)\.(\d+)(\.|$)", name)
-    assert place is not None, f"{name} is in no list of layers"
-    layers = model.get_submodule(place[1])
-    assert isinstance(layers, nn.ModuleList), f"{place[1]} is no list of layers"
-    return place[1], layers
+    path, _ = _place(find_moe_layers(model)[0].name)
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList), f"{path} is no list of layers"
+    return path, layers
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
     """The model's decoder layers by number, dense layers too."""
     return dict(enumerate(decoder_list(model)[1]))
+
+
+def _place(name: str) -> tuple[str, int]:
+    place = re.match(r"(.*?)\.(\d+)(\.|$)", name)
+    assert place is not None, f"{name} is in no list of layers"
+    return place[1], int(place[2])
 
 
 def renumbered(index: int, dropped: Collection[int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_moe.moe.decoder_layers import decoder_layers
+from lightning_moe.moe.decoder_layers import decoder_of
 from lightning_moe.moe.layers import MoELayer
 from lightning_moe.moe.non_uniform import no_experts_for
 
@@ -22,13 +22,12 @@ def layers_left_out(
     A decoder layer of the latter hands on what it is given. It is the logical form of what ``keep_experts`` does, for
     a model that is split over ranks; discovery finds only the blocks that are left.
     """
-    decoders = decoder_layers(model)
     with ExitStack() as undo:
         for layer in layers:
             if layer.name in blocks or len(keep.get(layer.name, (0,))) == 0:
                 undo.enter_context(_block_left_out(model, layer))
             if layer.name in blocks:
-                handle = decoders[layer.parts.index].register_forward_hook(_hand_on, with_kwargs=True)
+                handle = decoder_of(model, layer.name).register_forward_hook(_hand_on, with_kwargs=True)
                 undo.callback(handle.remove)
         yield
 

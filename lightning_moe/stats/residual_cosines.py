@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.moe.decoder_layers import decoder_layers
+from lightning_moe.moe.decoder_layers import decoder_of
 from lightning_moe.moe.layers import MoELayer
 
 Record = Callable[[MoELayer, Tensor, Tensor], None]
@@ -25,10 +25,9 @@ def record_cosines(model: nn.Module, layers: Sequence[MoELayer], record: Record)
     That of the MoE block is ``cos(h, h + MoE(norm(h)))``, where ``h`` is the residual stream before the norm of the
     block, or before the block where it has none; that of the decoder layer is between its input and its output.
     """
-    decoders = decoder_layers(model)
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(_Watch(layer, decoders[layer.parts.index], record).attached())
+            hooks.enter_context(_Watch(layer, decoder_of(model, layer.name), record).attached())
         yield
 
 
