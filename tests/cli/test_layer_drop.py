@@ -81,6 +81,8 @@ def test_a_cell_is_what_prune_writes(
     assert measured["perplexity"] != pytest.approx(cells(compared)["full"]["perplexity"], rel=1e-5)
     assert measured["load"].keys() == cell["load"].keys() and len(cell["load"]) == 3  # with the mean
 
+    if method == "block-drop":
+        return  # a stock checkpoint from here on
     again = [*QUIET, "--model.path", out / "model", *text_args(text), "--method", "reap", "--ratio", 0.25]
     run.ok("prune", *again, "--out", tmp_path / "again")
     told = read(tmp_path / "again" / "prune.json")
@@ -104,11 +106,9 @@ def test_a_plan_by_hand(run: Commands, deep: Path, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[list[object], str]] = {
     "the same in each layer": ([], "--scope global"),
     "a floor": (["--scope", "global", "--floor", 2], "--floor 2"),
-    "a direction": (["--scope", "global", "--direction", "max"], "no criterion"),
     "rounds": (["--scope", "global", "--rounds", 2], "in one cut"),
     "merging": (["--scope", "global", "--merge", "true"], "--merge"),
     "too little": (["--scope", "global", "--ratio", 0.1], "possible ratios: 0.3333, 0.6667"),
-    "all": (["--scope", "global", "--ratio", 0.9], "possible ratios"),
 }
 
 

@@ -14,16 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import load_model, save_model
 from lightning_moe.moe.compaction import compact_checkpoint
+from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.left_out import layers_left_out
 from lightning_moe.moe.pruned_size import pruned_size
+from lightning_moe.moe.routing import mask_plan
 from lightning_moe.moe.skip_tables import SkipTable, set_skipping
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
@@ -92,22 +94,6 @@ def hooked(model: PreTrainedModel, zero: Sequence[str] = (), pass_by: Sequence[s
         yield
 
 
-@pytest.fixture(scope="module")
-def full_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrainedModel, Path]]:
-    """Those that were asked for, and where they lie on disk."""
-    return {}
-
-
-def full_model(
-    name: str, known: dict[str, tuple[PreTrainedModel, Path]], factory: pytest.TempPathFactory
-) -> tuple[PreTrainedModel, Path]:
-    if name not in known:
-        model, folder = made(name), factory.mktemp("full")
-        model.save_pretrained(folder)
-        known[name] = model, folder
-    return known[name]
-
-
 def config_on_disk(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
@@ -125,14 +111,9 @@ def check_folder(folder: Path, memory: PreTrainedModel, expected: Tensor, tmp_pa
 
 @pytest.mark.parametrize("name", thinned(dict.fromkeys(ORDER), 4))
 @pytest.mark.parametrize("what", ["layers", "blocks"])
-def test_it_is_the_full_model_with_a_hook(
-    name: str,
-    what: str,
-    full_models: dict[str, tuple[PreTrainedModel, Path]],
-    tmp_path_factory: pytest.TempPathFactory,
-    tmp_path: Path,
-) -> None:
-    model, folder = full_model(name, full_models, tmp_path_factory)
+def test_it_is_the_full_model_with_a_hook(name: str, what: str, tmp_path: Path) -> None:
+    model, folder = made(name), tmp_path / "full"
+    model.save_pretrained(folder)
     gone = dropped_name(model, name)
     keep, blocks = {gone: []}, [gone] if what == "blocks" else []
     with hooked(model, [] if blocks else [gone], blocks):
@@ -170,7 +151,7 @@ REMOTE = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 assert "lightning_moe" not in sys.modules
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="layers" in folder.name).eval()
@@ -184,8 +165,6 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 def test_others_load_it_without_us(tmp_path: Path) -> None:
     """Without decoder layers stock transformers does; without MoE blocks it needs ``trust_remote_code``."""
-    from safetensors.torch import save_file
-
     (tmp_path / "models").mkdir()
     for name in ("gpt_oss", "qwen2_moe"):
         model = made(name)
@@ -278,6 +257,20 @@ def test_old_checkpoints_go_through_memory(tmp_path: Path) -> None:
     compact_checkpoint(str(tmp_path / "old"), {names[2]: []}, tmp_path / "cut", blocks=names[:1])
     with hooked(model, names[2:], names[:1]):
         assert torch.equal(logits_of(load_model(str(tmp_path / "cut"))), logits_of(model))
+
+
+def test_experts_are_masked_out_of_what_is_left(tmp_path: Path) -> None:
+    """An export that leaves masked experts out does not forget the layers that were dropped before."""
+    model = tiny_model("mixtral", num_hidden_layers=4)
+    names = [layer.name for layer in find_moe_layers(model)]
+    keep_experts(model, {names[1]: []})
+    with mask_plan(find_moe_layers(model), {names[2]: [0, 4, 5]}):
+        expected = logits_of(model)
+        export_model(model, tmp_path / "cut")
+    assert config_on_disk(tmp_path / "cut")["per_layer_config"] == {
+        str(index): {"num_local_experts": count} for index, count in ((1, 0), (2, 3))
+    }
+    torch.testing.assert_close(logits_of(load_model(str(tmp_path / "cut"))), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_pass_by() -> None:
