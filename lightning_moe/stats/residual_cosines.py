@@ -83,5 +83,6 @@ def _cosine(one: Tensor, other: Tensor) -> Tensor:
     """Of each token, ``(T,)``, in float32."""
     one_TH, other_TH = one.flatten(0, -2).float(), other.flatten(0, -2).float()
     lengths_T = torch.linalg.vector_norm(one_TH, dim=-1) * torch.linalg.vector_norm(other_TH, dim=-1)
-    products_T: Tensor = torch.linalg.vecdot(one_TH, other_TH)
-    return products_T / lengths_T.clamp(min=torch.finfo(torch.float32).tiny)
+    products_T = torch.linalg.vecdot(one_TH, other_TH)
+    cosine_T: Tensor = products_T / lengths_T.clamp(min=torch.finfo(torch.float32).tiny)
+    return cosine_T

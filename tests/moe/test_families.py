@@ -611,6 +611,16 @@ def test_checkpoints_load_where_lightning_moe_is_not_installed(tmp_path: Path) -
             expected[f"{family}-{kind} generated"] = model.generate(
                 tiny_batch()[:, :4], max_new_tokens=3, do_sample=False
             )
+    for family in ("gpt_oss", "qwen2_moe"):  # one whose block returns a tuple, one with a shared expert
+        for kind in ("without_a_block-non_uniform", "without_a_layer"):
+            model = tiny_model(family)
+            gone = find_moe_layers(model)[0].name
+            keep_experts(model, {gone: []}, blocks=[gone] if kind == "without_a_layer" else [])
+            save_model(model, root / f"{family}-{kind}")
+            expected[f"{family}-{kind}"] = logits_of(model)
+            expected[f"{family}-{kind} generated"] = model.generate(
+                tiny_batch()[:, :4], max_new_tokens=3, do_sample=False
+            )
     save_file({"input_ids": tiny_batch()}, root / "input_ids.safetensors")
     run_without_us(WITHOUT_US, root, tmp_path)
     found = load_file(root / "logits.safetensors")

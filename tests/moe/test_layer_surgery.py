@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +31,6 @@ from lightning_moe.moe.surgery import keep_experts
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.reference import zeros_like
 from tests.helpers.thinning import thinned
-from tests.helpers.without_us import run_without_us
 
 DEEP: dict[str, dict[str, Any]] = {
     **{family: {"num_hidden_layers": config.get("num_hidden_layers", 2) + 1} for family, config in FAMILIES.items()},
@@ -145,39 +144,6 @@ def test_it_is_the_full_model_with_a_hook(name: str, what: str, tmp_path: Path) 
     else:
         assert [set(entry.values()) for entry in config["per_layer_config"].values()] == [{0}]
         assert config["auto_map"] and config["num_hidden_layers"] == model.config.num_hidden_layers
-
-
-REMOTE = """
-import sys, torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-from safetensors.torch import load_file, save_file
-assert "lightning_moe" not in sys.modules
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="layers" in folder.name).eval()
-    known = load_file(folder / "known.safetensors.bin")
-    with torch.no_grad():
-        found = model(known["ids"], use_cache=False).logits
-    torch.testing.assert_close(found, known["logits"], atol=1e-6, rtol=1e-6)
-    model.save_pretrained(folder / "again")
-"""
-
-
-def test_others_load_it_without_us(tmp_path: Path) -> None:
-    """Without decoder layers stock transformers does; without MoE blocks it needs ``trust_remote_code``."""
-    (tmp_path / "models").mkdir()
-    for name in ("gpt_oss", "qwen2_moe"):
-        model = made(name)
-        gone = dropped_name(model, name)
-        model.save_pretrained(tmp_path / name)
-        for what in ("layers", "blocks"):
-            blocks = [gone] if what == "blocks" else []
-            target = tmp_path / "models" / f"{name}-{what}"
-            compact_checkpoint(str(tmp_path / name), {gone: []}, target, blocks=blocks)
-            with hooked(model, [] if blocks else [gone], blocks):
-                known = {"ids": tiny_batch(), "logits": logits_of(model)}
-            save_file(known, target / "known.safetensors.bin")
-    run_without_us(REMOTE, tmp_path / "models", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- cuts in a row
