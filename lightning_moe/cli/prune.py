@@ -86,9 +86,7 @@ def prune(
         asked |= {"merge": plan.merge.groups, **plan.merge.settings} if plan.merge.groups else {}
         asked |= {"blocks": plan.blocks} if plan.blocks else {}
     else:
-        check_ratio(
-            shapes, cut.ratio, cut.scope, cut.floor, method.drops
-        )  # an impossible one is refused before any work
+        check_ratio(shapes, cut.ratio, cut.scope, cut.floor, method.drops)  # an impossible one is refused before work
         if stats_file is not None:
             stats = known_stats(stats_file, identity, shapes)
             if method.gradients and not stats.has_gradients:

@@ -31,7 +31,7 @@ class BlockCut:
     """What stands before the number of the decoder layer in the names of its tensors."""
     num_experts: int
     keep: Sequence[int]
-    """None: the whole block goes, router and shared experts with it."""
+    """Empty where the whole block goes, router and shared experts with it."""
     groups: Groups = field(default_factory=dict)
     """Kept experts that others are averaged into."""
     router: bool = False
