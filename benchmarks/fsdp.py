@@ -31,8 +31,9 @@ from benchmarks.finetune import WARMUP, StepTimer
 from benchmarks.ratios import report, seconds_of
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import new_model, save_model
+from lightning_moe.moe.decoder_layers import decoder_layers
 from lightning_moe.moe.sharded_loading import load_sharded
-from lightning_moe.moe.sharding import Sharding, decoder_layers
+from lightning_moe.moe.sharding import Sharding
 from lightning_moe.search.diep import DiEPSearch
 from lightning_moe.strategies import MoEFSDPStrategy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_guests_need_no_text_and_no_evaluation(room: str) -> None:
 def test_modelling_file_needs_us_not() -> None:
     """It travels with non-uniform checkpoints."""
     for _, name in imports(PACKAGE / "moe" / "non_uniform.py"):
-        assert name.split(".")[0] in {"__future__", "re", "collections", "dataclasses", "typing", "torch"}, name
+        assert name.split(".")[0] in {*sys.stdlib_module_names, "torch"}, name
 
 
 def test_train_py_is_a_few_lines() -> None:

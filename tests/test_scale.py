@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from lightning_moe.cli.main import main
+from lightning_moe.moe.block_cuts import find_cuts
 from lightning_moe.moe.checkpoints import weight_files
-from lightning_moe.moe.compaction import find_cuts
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.pruned_size import pruned_size
 from lightning_moe.moe.surgery import keep_experts

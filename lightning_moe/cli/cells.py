@@ -134,20 +134,23 @@ class Comparison:
             records = self._rounds.of(cell, scores, self._full)
             figures = figures_of_round(records, cell.ratio, self.path, self.shapes)
             return figures | {"method_seconds": figures["method_seconds"] + seconds}
-        check_ratio(self.shapes, cell.ratio, cell.scope)  # an impossible one fails before the method is run
+        drops = "experts" if cell.method is None else cell.method.drops
+        check_ratio(self.shapes, cell.ratio, cell.scope, drops=drops)  # an impossible one fails before the method runs
         scores, seconds = self._scored(cell)
         plan = make_plan(scores, cell.ratio, cell.scope)
         figures = {"method_seconds": seconds, "comparable": scores.comparable, "made_by": plan.made_by}
         if cell.method is None or cell.method.merge is None:
-            return self._figures(plan.keep) | figures
+            return self._figures(plan.keep, blocks=plan.blocks) | figures
         merge = cell.method.merge(self.job.stats, plan.keep)
         return self._figures(plan.keep, merge) | figures | {"merge": merge.groups, **merge.settings}
 
-    def _figures(self, keep: dict[str, list[int]], merge: Merge = NO_MERGE) -> dict[str, Any]:
-        """What the model is worth with only these experts, others merged into them."""
-        with self.job.cut_model(keep, merge) as model:
+    def _figures(
+        self, keep: dict[str, list[int]], merge: Merge = NO_MERGE, blocks: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """What the model is worth with only these experts, others merged into them, and without these layers."""
+        with self.job.cut_model(keep, merge, blocks) as model:
             figures = measure(self.trainer, model, self.validation)
-        return {**figures, "method_seconds": None} | derived_figures(figures, keep, self.path, self.shapes)
+        return {**figures, "method_seconds": None} | derived_figures(figures, keep, self.path, self.shapes, blocks)
 
     def _scored(self, cell: Cell) -> tuple[ExpertScores, float]:
         """The scores of the cell's method and the seconds they took, made once for all cells that share them."""

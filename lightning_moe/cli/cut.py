@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Cut:
         elif direction is not None:
             raise InputError(f"--direction {direction}: {self.method} is no criterion; leave it out.")
         method.check_scope(self.scope)
+        if method.drops != "experts" and self.floor is not None:
+            raise InputError(f"--floor {self.floor}: {self.method} drops whole layers; leave it out.")
         return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
 
 
@@ -62,15 +64,23 @@ def cut_on_disk(
         shutil.rmtree(folder)
 
 
-def reduction(path: str, target: Path, shapes: list[LayerShape], keep: Mapping[str, list[int]]) -> dict[str, Any]:
-    """What a cut left, in experts, parameters and bytes."""
+def reduction(
+    path: str,
+    target: Path,
+    shapes: list[LayerShape],
+    keep: Mapping[str, list[int]],
+    blocks: Collection[str] = (),
+) -> dict[str, Any]:
+    """What a cut left, in experts, layers, parameters and bytes; of those in ``blocks`` the decoder layer is gone."""
     before, after = checkpoint_size(path), checkpoint_size(str(target))
     kept = {shape.name: len(keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
+    gone = [name for name, count in kept.items() if count == 0]
     return {
         "kept_experts": kept,
-        "uniform": len(set(kept.values())) == 1,
+        "uniform": len({count for name, count in kept.items() if name not in blocks}) == 1,
         "experts_before": sum(shape.num_experts for shape in shapes),
         "experts_after": sum(kept.values()),
+        **({"layers_dropped": gone, "layers_before": len(kept), "layers_after": len(kept) - len(gone)} if gone else {}),
         "dropped_fraction": round(1 - sum(kept.values()) / sum(shape.num_experts for shape in shapes), 4),
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},

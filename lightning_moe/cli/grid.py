@@ -126,6 +126,12 @@ def make_grid(
             f"--methods: {' and '.join(merging)} merge experts, which is done in one cut: compare them by --strategies "
             "'[one-shot]', in the same --out if you like."
         )
+    whole = [method.name for method in chosen if method.drops != "experts"]
+    if whole and chosen_strategies != ["one-shot"]:
+        raise InputError(
+            f"--methods: {' and '.join(whole)}: whole layers are dropped in one cut: compare them by --strategies "
+            "'[one-shot]', in the same --out if you like."
+        )
     plans = {name: _schedules(name, ratios, options) for name in chosen_strategies}
     all_seeds = list(range(first_seed, first_seed + seeds))
     cells = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lightning.pytorch import Trainer
@@ -13,7 +13,8 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import model_id
-from lightning_moe.moe.layers import LayerShape
+from lightning_moe.moe.layers import LayerShape, find_moe_layers
+from lightning_moe.moe.left_out import layers_left_out
 from lightning_moe.moe.merged_experts import NO_MERGE, Merge
 from lightning_moe.moe.routing import mask_plan
 from lightning_moe.moe.split_tensors import is_sharded
@@ -87,19 +88,27 @@ class Job:
         return stats
 
     @contextmanager
-    def cut_model(self, keep: Mapping[str, Sequence[int]], merge: Merge = NO_MERGE) -> Iterator[MoECausalLM]:
-        """The model with only these experts, in memory; whoever asks for ``model`` next gets a whole one.
+    def cut_model(
+        self, keep: Mapping[str, Sequence[int]], merge: Merge = NO_MERGE, blocks: Collection[str] = ()
+    ) -> Iterator[MoECausalLM]:
+        """The model with only these experts and layers, in memory; whoever asks for ``model`` next gets a whole one.
 
-        Where it is split over ranks the others are masked, which gives the same; they cannot be merged there.
+        Where it is split over ranks the others are masked, or left out, which gives the same; experts cannot be merged
+        there.
         """
         model = self.model
         if is_sharded(model.network):
             assert not merge.groups, "refused before the model was split"
-            with mask_plan(model.moe_layers, keep):
+            masked = {name: ids for name, ids in keep.items() if len(ids)}
+            with (
+                mask_plan(model.moe_layers, masked),
+                layers_left_out(model.network, model.moe_layers, keep, blocks),
+            ):
                 yield model
             return
         self._cut = bool(keep)
-        keep_experts(model.network, keep, merge)
+        keep_experts(model.network, keep, merge, blocks)
+        model.moe_layers = find_moe_layers(model.network)
         yield model
 
     def whole_model_to_change(self) -> MoECausalLM:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.naee import describe_search, drops_of, naee_sets
@@ -17,8 +18,9 @@ from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.moe.merged_experts import Merge
 from lightning_moe.pruning.budget import Scope
 from lightning_moe.pruning.clustering import cluster_scores, merge_clusters
+from lightning_moe.pruning.layer_drop import layer_scores
 from lightning_moe.pruning.merging import merge_dominant
-from lightning_moe.pruning.scores import ExpertScores, score_experts, scores_of_sets
+from lightning_moe.pruning.scores import Drops, ExpertScores, score_experts, scores_of_sets
 from lightning_moe.search.naee import BEAM, EXACT_SETS
 from lightning_moe.search.presets import PRESETS, method_of
 from lightning_moe.stats.store import ModelStats
@@ -56,6 +58,8 @@ class Method:
     """Whether it chooses a set of experts for each layer, so that no order over layers can follow."""
     criterion: bool = False
     """Whether it is a criterion, which can be turned round: drop the most in place of the least."""
+    drops: Drops = "experts"
+    """What goes: experts, or whole layers, which are chosen among all of the model in one cut."""
     merge: MergeRule | None = None
     """What it does with the experts it does not keep; None drops them. It is done in one cut, not in rounds."""
 
@@ -84,6 +88,8 @@ class Method:
                 f"--scope {scope}: {self.name} chooses a set of experts for each layer, which is no order over all "
                 "layers; give --scope layer."
             )
+        if self.drops != "experts" and scope != "global":
+            raise InputError(f"--scope {scope}: {self.name} drops whole layers, chosen among all; give --scope global.")
 
     def run(self, job: Job, ratio: float, seed: int | None, folder: Path) -> ExpertScores:
         """Score all experts; of ``ratio`` and ``seed`` it is given what it depends on."""
@@ -123,6 +129,28 @@ def _merging_methods() -> list[Method]:
         ),
         _of_merging(
             "s-smoe", "S-SMoE: merges groups of experts that are alike by CKA.", cluster_scores, merge_clusters
+        ),
+    ]
+
+
+def _of_layers(name: str, summary: str, drops: Literal["layers", "blocks"]) -> Method:
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        return layer_scores(job.stats, name, drops)
+
+    return Method(name, summary, scores, stable_ranks=False, drops=drops)
+
+
+def _layer_methods() -> list[Method]:
+    return [
+        _of_layers(
+            "layer-drop",
+            "Layer Drop (Expert Trimming): drops the MoE blocks that turn the residual stream least, by cosine.",
+            "layers",
+        ),
+        _of_layers(
+            "block-drop",
+            "Block Drop (Expert Trimming): the same of whole decoder layers, attention and MoE block.",
+            "blocks",
         ),
     ]
 
@@ -172,10 +200,11 @@ def _of_naee(name: str, progressive: bool) -> Method:
 
 
 def methods() -> list[Method]:
-    """All methods: every criterion, what merges, the searches, and those of plugins."""
+    """All methods: every criterion, what merges, what drops layers, the searches, and those of plugins."""
     return [
         *(_of_criterion(criterion) for criterion in criteria()),
         *_merging_methods(),
+        *_layer_methods(),
         *(_of_preset(name) for name in PRESETS),
         _of_naee("naee", False),
         _of_naee("naee-progressive", True),

@@ -56,6 +56,8 @@ def prune(
     method = get_method(cut.method)
     if merge and method.merge is not None:
         raise InputError(f"--merge: {cut.method} merges as it is; leave it out.")
+    if merge and method.drops != "experts":
+        raise InputError(f"--merge: {cut.method} drops whole layers and leaves no expert to merge into; leave it out.")
     rule = merge_alike if merge else method.merge
     if method.needs_text and stats_file is not None:
         raise InputError(f"--stats {stats_file}: {cut.method} searches on the text itself; give --data.path instead.")
@@ -82,8 +84,9 @@ def prune(
         wanted_entry(path, None, skipping)  # refused before any work
         asked: dict[str, Any] = {"plan": plan.keep}
         asked |= {"merge": plan.merge.groups, **plan.merge.settings} if plan.merge.groups else {}
+        asked |= {"blocks": plan.blocks} if plan.blocks else {}
     else:
-        check_ratio(shapes, cut.ratio, cut.scope, cut.floor)  # an impossible one is refused before any work
+        check_ratio(shapes, cut.ratio, cut.scope, cut.floor, method.drops)  # an impossible one is refused before work
         if stats_file is not None:
             stats = known_stats(stats_file, identity, shapes)
             if method.gradients and not stats.has_gradients:
@@ -138,7 +141,7 @@ def prune(
     started = time.perf_counter()
     entry = wanted_entry(path, stats, skipping)
     # The model first: when its weights turn out damaged, nothing is written.
-    compact_checkpoint(path, plan.keep, target, skipping=entry, merge=plan.merge)
+    compact_checkpoint(path, plan.keep, target, skipping=entry, merge=plan.merge, blocks=plan.blocks)
     plan.save(run.folder / "plan.json")
     if scores and scores_file is None:
         write_scores(run.folder / "scores.json", scores)
@@ -147,7 +150,7 @@ def prune(
             "model_id": identity,
             "data_fingerprint": plan.data_fingerprint,
             **{name: plan.made_by.get(name) for name in ("method", "ratio", "scope", "direction")},
-            **reduction(path, target, shapes, plan.keep),
+            **reduction(path, target, shapes, plan.keep, plan.blocks),
             **({"merged": plan.num_merged} if plan.merge.groups else {}),
             "save_seconds": round(time.perf_counter() - started, 3),
             "world_size": trainer.world_size,

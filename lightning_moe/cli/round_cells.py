@@ -102,17 +102,22 @@ class RoundRuns:
 
 
 def derived_figures(
-    figures: Mapping[str, Any], keep: Mapping[str, list[int]], path: str, shapes: Sequence[LayerShape]
+    figures: Mapping[str, Any],
+    keep: Mapping[str, list[int]],
+    path: str,
+    shapes: Sequence[LayerShape],
+    blocks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What follows from the measured ``figures`` and the plan: means, sizes, counts."""
     counts = {shape.name: len(keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
     return {
         "domain_mean": statistics.fmean(figures["domains"].values()),
         "load_cv": figures["load"]["mean"]["cv"],
-        **pruned_size(path, keep),
+        **pruned_size(path, keep, blocks),
         "experts": sum(counts.values()),
         "kept_experts": counts,
         "plan": dict(keep),
+        **({"blocks": list(blocks)} if blocks else {}),
     }
 
 

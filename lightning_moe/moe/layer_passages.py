@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.moe.decoder_layers import decoder_list
 from lightning_moe.moe.live_bytes import LiveBytes
-from lightning_moe.moe.sharding import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def trace_step(model: nn.Module, step: Step) -> list[StepBytes]:
     Of decoder layers that are alike one is run, the first aside: it is given what no gradient may be asked for. The
     rest hand on what they are given.
     """
-    layers = _list_of(model, decoder_layers(model)[0])
+    _, layers = decoder_list(model)
     kinds = [_kind(layer) for layer in layers]
     samples = [0, *(kinds.index(kind, 1) for kind in kinds[1:])]
     roots = {id(parameter) for parameter in model.parameters()}
@@ -77,11 +77,6 @@ def trace_step(model: nn.Module, step: Step) -> list[StepBytes]:
         step(backward)
         watch.mark("done")
     return [one.bytes(samples) for one in watch.passes]
-
-
-def _list_of(model: nn.Module, layer: nn.Module) -> nn.ModuleList:
-    """The list that begins with this layer."""
-    return next(one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) and one[0] is layer)
 
 
 def _kind(layer: nn.Module) -> Any:

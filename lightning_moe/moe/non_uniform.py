@@ -3,12 +3,15 @@
 This file needs nothing but torch and transformers: a copy of it travels with every non-uniform checkpoint, so that
 ``trust_remote_code=True`` loads one where lightning_moe is not installed. The counts stand in the config as
 transformers' own ``per_layer_config``; the stock model builds all layers alike, and ``resize_moe_layers`` then cuts
-each one to its count, before any weight is loaded.
+each one to its count, before any weight is loaded. A count of 0 says that the whole block is gone.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +103,35 @@ def keep_in_block(block: Block, keep: Sequence[int]) -> None:
                 setattr(owner, name, len(keep))
 
 
+class NoExperts(nn.Module):
+    """Stands in the place of an MoE block that was dropped: it adds nothing, and the residual stream passes by.
+
+    ``outputs`` is the length of the tuple that the block returned, None where it returned a tensor. What a block gives
+    beside its output, as a router's scores, is None here.
+    """
+
+    def __init__(self, outputs: int | None = None) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(hidden)
+        return zeros if self.outputs is None else (zeros, *(None for _ in range(self.outputs - 1)))
+
+
+def no_experts_for(block: nn.Module) -> NoExperts:
+    """What can stand in the place of ``block``. Whether that returns a tuple is read from its own code."""
+    code = textwrap.dedent(inspect.getsource(inspect.unwrap(type(block).forward)))
+    returned = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Return)]
+    return NoExperts(next((len(value.elts) for value in returned if isinstance(value, ast.Tuple)), None))
+
+
+def drop_block(model: nn.Module, block: Block) -> None:
+    """Put ``NoExperts`` in the place of a block: its experts, its router and what they share are gone."""
+    parent, _, own = block.name.rpartition(".")
+    setattr(model.get_submodule(parent), own, no_experts_for(block.block))
+
+
 def experts_per_layer(config: Any) -> dict[int, int]:
     """Decoder layer -> number of experts, for the layers that a config's ``per_layer_config`` sets apart."""
     text_config = config.get_text_config()
@@ -123,5 +155,7 @@ def resize_moe_layers(model: nn.Module) -> None:
     for block in list(find_blocks(model)):
         have = stacked_parameters(block.experts)["down_proj"].shape[0]
         count = counts.get(block.index, have)
-        if count < have:
+        if count == 0:
+            drop_block(model, block)
+        elif count < have:
             keep_in_block(block, range(count))

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from safetensors import safe_open
 
+from lightning_moe.moe.block_cuts import EXPERT, cut_of, find_cuts, name_after
 from lightning_moe.moe.checkpoints import resolve, skeleton, weight_files
-from lightning_moe.moe.compaction import EXPERT, cut_of, find_cuts
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.surgery import keep_experts
 
 
-def pruned_size(path: str, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def pruned_size(path: str, keep: Mapping[str, Sequence[int]], blocks: Collection[str] = ()) -> dict[str, int]:
     """Parameters, and bytes of the weights as ``prune`` would save them (the tensors, without the files' headers).
 
-    A layer that ``keep`` does not name stays whole.
+    A layer that ``keep`` does not name stays whole; of those in ``blocks`` the decoder layer goes.
     """
     model = skeleton(path)
     shapes = [layer.shape for layer in find_moe_layers(model)]
-    keep_experts(model, keep)
+    keep_experts(model, keep, blocks=blocks)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     files = weight_files(resolve(path))
     if files[0].suffix != ".safetensors":  # such a checkpoint is saved from memory
@@ -29,11 +29,13 @@ def pruned_size(path: str, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
         itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.get_default_dtype().itemsize
         return {"parameters": parameters, "bytes": parameters * itemsize}
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
-    cuts = find_cuts(files, by_index)
+    cuts, dropped = find_cuts(files, by_index), [shape.index for shape in shapes if shape.name in blocks]
     total = 0.0
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name_after(name, cuts, dropped) is None:
+                    continue
                 part = tensors.get_slice(name)
                 shape = list(part.get_shape())
                 bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, I64; of BOOL 8

@@ -19,8 +19,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from lightning_moe.errors import UNREADABLE, InputError, first_line
 from lightning_moe.moe.checkpoints import all_finite, new_model, read_config, resolve, weight_files
+from lightning_moe.moe.decoder_layers import decoder_layers
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
-from lightning_moe.moe.sharding import Sharding, decoder_layers
+from lightning_moe.moe.sharding import Sharding
 from lightning_moe.moe.weight_shards import LAYER
 
 Stored = Mapping[str, Any]

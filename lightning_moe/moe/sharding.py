@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method as register
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
+from lightning_moe.moe.decoder_layers import decoder_layers
 from lightning_moe.moe.decoding import DECODE, decoder_method
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.split_tensors import is_split
@@ -91,11 +91,3 @@ def make_mesh(device_type: str, ranks: int, replicas: int = 1) -> DeviceMesh:
     if replicas == 1:
         return init_device_mesh(device_type, (ranks,), mesh_dim_names=("ranks",))
     return init_device_mesh(device_type, (replicas, ranks // replicas), mesh_dim_names=("replicas", "ranks"))
-
-
-def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The model's decoder layers by number: the list that holds the MoE blocks, dense layers too."""
-    name = find_moe_layers(model)[0].name
-    place = re.match(r"(.*?)\.(\d+)(\.|$)", name)
-    assert place is not None, f"{name} is in no list of layers"
-    return dict(enumerate(model.get_submodule(place[1]).children()))

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError
+from lightning_moe.moe.decoder_layers import renumbered
 from lightning_moe.moe.non_uniform import find_blocks
 from lightning_moe.moe.skipping import CONFIG_KEY, VERSION, LayerSkipping, attach_skipping
 
@@ -60,17 +61,21 @@ def switched_entry(entry: Mapping[str, Any], skipping: bool | Literal["naee"]) -
     return {**entry, **rule, "active": bool(skipping)}
 
 
-def cut_entry(config: PreTrainedConfig, kept: Mapping[int, Sequence[int]]) -> None:
-    """Cut the tables in ``config`` to the experts that stay in each decoder layer."""
+def cut_entry(config: PreTrainedConfig, kept: Mapping[int, Sequence[int]], dropped: Collection[int] = ()) -> None:
+    """Cut the tables in ``config`` to the experts that stay in each decoder layer.
+
+    Where none stays the table goes. ``dropped`` are decoder layers that go as a whole, so that others get new numbers.
+    """
     entry = stored_entry(config)
     if entry is None:
         return
-    layers = dict(entry["layers"])
-    for index, ids in kept.items():
-        table = layers.get(str(index))
-        if table is not None:
+    layers = {}
+    for name, table in entry["layers"].items():
+        index = int(name)
+        ids = kept.get(index, range(len(table["gamma2"])))
+        if index not in dropped and len(ids):
             gamma2 = [[table["gamma2"][i][j] for j in ids] for i in ids]
-            layers[str(index)] = {**table, "gamma2": gamma2}
+            layers[str(renumbered(index, dropped))] = {**table, "gamma2": gamma2}
     store_entry(config, {**entry, "layers": layers})
 
 

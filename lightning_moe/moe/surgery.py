@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError
+from lightning_moe.moe.decoder_layers import drop_decoder_layers, renumbered
+from lightning_moe.moe.layer_settings import settings_without
 from lightning_moe.moe.layers import LayerShape, check_unpacked, find_moe_layers
 from lightning_moe.moe.merged_experts import NO_MERGE, LayerMerge, Merge, check_merge
-from lightning_moe.moe.non_uniform import COUNT_NAMES, keep_in_block
+from lightning_moe.moe.non_uniform import COUNT_NAMES, drop_block, experts_per_layer, keep_in_block
 from lightning_moe.moe.skip_tables import cut_entry, refresh_skipping, stored_entry
 
 
-def check_keep(shapes: Sequence[LayerShape], keep: Mapping[str, Sequence[int]]) -> None:
-    """Refuse, in one line, whatever these layers cannot be cut to. A layer not named in ``keep`` stays whole."""
+def check_keep(shapes: Sequence[LayerShape], keep: Mapping[str, Sequence[int]], blocks: Collection[str] = ()) -> None:
+    """Refuse, in one line, whatever these layers cannot be cut to. A layer not named in ``keep`` stays whole.
+
+    Of a layer that keeps no expert the MoE block is dropped as a whole; of those in ``blocks`` the decoder layer.
+    """
     known = {shape.name: shape for shape in shapes}
-    for name, ids in keep.items():
+    for name in (*keep, *blocks):
         if name not in known:
             raise InputError(
                 f"the plan names a layer {name!r} that the model does not have; its MoE layers are "
                 f"{shapes[0].name} ... {shapes[-1].name} ({len(shapes)}). Is the plan for another model?"
             )
+    for name, ids in keep.items():
+        if name in blocks and ids:
+            raise InputError(
+                f"{name}: the plan drops its decoder layer by `blocks` and keeps {len(ids)} of its experts; leave out "
+                "one of the two."
+            )
         _check_layer(known[name], ids)
+    if all(name in blocks or len(keep.get(name, (0,))) == 0 for name in known):
+        raise InputError(
+            f"the plan drops all {len(shapes)} MoE layers of the model; a Mixture-of-Experts keeps at least one."
+        )
 
 
 def _check_layer(shape: LayerShape, ids: Sequence[int]) -> None:
+    if len(ids) == 0:
+        return
     if not all(isinstance(i, int) for i in ids) or list(ids) != sorted(set(ids)):
         raise InputError(f"{shape.name}: the kept experts must be different ids in ascending order, not {ids}.")
     if ids and not 0 <= ids[0] <= ids[-1] < shape.num_experts:
@@ -48,33 +66,52 @@ def _check_layer(shape: LayerShape, ids: Sequence[int]) -> None:
             )
 
 
-def keep_experts(model: PreTrainedModel, keep: Mapping[str, Sequence[int]], merge: Merge = NO_MERGE) -> None:
+def keep_experts(
+    model: PreTrainedModel,
+    keep: Mapping[str, Sequence[int]],
+    merge: Merge = NO_MERGE,
+    blocks: Collection[str] = (),
+) -> None:
     """Keep only the named experts of each layer, or raise ``InputError`` and change nothing.
 
-    Ids are ascending; layers that ``keep`` does not name stay whole. ``merge`` names dropped experts whose weights go
-    into kept ones, see ``merged_experts``. The config is brought in line: one count when all layers
+    Ids are ascending; layers that ``keep`` does not name stay whole. Where it names no expert the MoE block goes,
+    router and shared experts with it, and adds nothing any more (Layer Drop). ``blocks`` names MoE blocks whose whole
+    decoder layers go; the others are numbered anew (Block Drop, arXiv 2406.02500). ``merge`` names dropped experts
+    whose weights go into kept ones, see ``merged_experts``. The config is brought in line: one count when all layers
     agree, transformers' ``per_layer_config`` when they do not; skip tables are cut along.
     """
     layers = find_moe_layers(model)
     shapes = [layer.shape for layer in layers]
     check_unpacked(model, "cut")
-    check_keep(shapes, keep)
+    check_keep(shapes, keep, blocks)
     check_merge(shapes, keep, merge)
+    dropped = [layer.parts.index for layer in layers if layer.name in blocks]
+    settings = settings_without(model.config, dropped) if dropped else {}
     merges = {layer.name: LayerMerge(layer, merge) for layer in layers if layer.name in merge.groups}
+    counts: dict[int, int] = {}
     for layer in layers:
-        if len(keep.get(layer.name, ())) not in (0, layer.num_experts):
-            keep_in_block(layer.parts, keep[layer.name])
+        if layer.name in blocks:
+            continue
+        ids = keep.get(layer.name, range(layer.num_experts))
+        counts[renumbered(layer.parts.index, dropped)] = len(ids)
+        if len(ids) == 0:
+            drop_block(model, layer.parts)
+        elif len(ids) < layer.num_experts:
+            keep_in_block(layer.parts, ids)
             if layer.name in merges:
-                merges.pop(layer.name).write(keep[layer.name])
-    counts = {layer.parts.index: layer.num_experts for layer in layers}
+                merges.pop(layer.name).write(ids)
+    if dropped:
+        drop_decoder_layers(model, dropped)
+        drop_settings(model.config, settings, dropped)
     set_counts(model.config, counts)
     if stored_entry(model.config) is not None:
-        cut_entry(model.config, {layer.parts.index: keep[layer.name] for layer in layers if layer.name in keep})
+        cut_entry(model.config, {one.parts.index: keep[one.name] for one in layers if one.name in keep}, dropped)
         refresh_skipping(model)
-    if len(set(counts.values())) == 1:
+    left = {count for count in counts.values() if count}
+    if len(left) == 1:
         for name in COUNT_NAMES:  # the model's own balance loss reads its count from the model
             if isinstance(getattr(model, name, None), int):
-                setattr(model, name, layers[0].num_experts)
+                setattr(model, name, min(left))
 
 
 def count_name(config: PreTrainedConfig) -> str:
@@ -84,16 +121,37 @@ def count_name(config: PreTrainedConfig) -> str:
 
 
 def set_counts(config: PreTrainedConfig, counts: Mapping[int, int]) -> None:
-    """Write the number of experts of each MoE decoder layer into ``config``."""
+    """Write the number of experts of each MoE decoder layer into ``config``; 0 where the block is gone.
+
+    Layers that it says were dropped before stay so.
+    """
     text_config = config.get_text_config()
+    gone = [index for index, count in experts_per_layer(config).items() if count == 0] + [
+        index for index, count in counts.items() if count == 0
+    ]
+    left = {index: count for index, count in counts.items() if count}
     text_config.per_layer_config = None
     vars(text_config).pop("allow_global_per_layer_attribute_access", None)
     name = count_name(text_config)
-    if len(set(counts.values())) == 1:
-        setattr(text_config, name, next(iter(counts.values())))
-        return
-    text_config.per_layer_config = {index: {name: count} for index, count in counts.items()}
-    text_config.allow_global_per_layer_attribute_access = True
+    uniform = len(set(left.values())) == 1
+    if uniform:
+        setattr(text_config, name, next(iter(left.values())))
+    set_apart = dict.fromkeys(gone, 0) | ({} if uniform else left)
+    if set_apart:
+        text_config.per_layer_config = {index: {name: set_apart[index]} for index in sorted(set_apart)}
+        text_config.allow_global_per_layer_attribute_access = True
     # The model's own balance loss assumes one count for all layers; ours does not.
-    if getattr(text_config, "output_router_logits", False):
+    if not uniform and getattr(text_config, "output_router_logits", False):
         text_config.output_router_logits = False
+
+
+def drop_settings(config: PreTrainedConfig, settings: Mapping[str, Any], dropped: Collection[int]) -> None:
+    """Write what ``settings_without`` found into ``config``, and number the layers anew that have no experts left."""
+    text_config = config.get_text_config()
+    gone = [index for index, count in experts_per_layer(config).items() if count == 0]
+    text_config.per_layer_config = None
+    for name, value in settings.items():
+        setattr(text_config, name, value)
+    if gone:
+        name = count_name(text_config)
+        text_config.per_layer_config = {renumbered(index, dropped): {name: 0} for index in gone}

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from lightning_moe.moe.decoder_layers import decoder_layers
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import stacked_parameters
-from lightning_moe.moe.sharding import decoder_layers
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape
+from lightning_moe.pruning.layer_drop import layer_plan
 from lightning_moe.pruning.plan import PruningPlan
-from lightning_moe.pruning.scores import ExpertScores
+from lightning_moe.pruning.ratios import named_ratio, ratio_list, rounded
+from lightning_moe.pruning.scores import Drops, ExpertScores
 
 Scope = Literal["layer", "global"]
-
-MOST_RATIOS_NAMED = 12
 
 
 def make_plan(
@@ -36,11 +36,15 @@ def make_plan(
     ``whole`` are the layers as they were before any round of pruning: the ratio is then a share of those, what earlier
     rounds dropped counts as dropped, and a round may spare a layer. The plan names experts as the scores do.
 
+    Scores of whole layers drop these, see ``layer_plan``.
+
     Raises ``InputError``, with the ratios possible, when the ratio drops nothing, more than the floors allow, or a
     number that the groups cannot share; and for scores of sets that were chosen for another ratio.
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: the fraction of experts to drop must lie between 0 and 1, both excluded.")
+    if scores.drops != "experts":
+        return layer_plan(scores, ratio, scope)
     made_for = scores.settings.get("for_ratio", ratio)
     if made_for != ratio or ("for_ratio" in scores.settings and scope != "layer"):
         raise InputError(
@@ -66,18 +70,20 @@ def make_plan(
     return PruningPlan(keep, scores.model_id, scores.data_fingerprint, made_by)
 
 
-def check_ratio(shapes: Sequence[LayerShape], ratio: float, scope: Scope, floor: int | None = None) -> None:
+def check_ratio(
+    shapes: Sequence[LayerShape], ratio: float, scope: Scope, floor: int | None = None, drops: Drops = "experts"
+) -> None:
     """Raise ``InputError``, as ``make_plan`` would, when no scores can give such a plan.
 
     The counts to drop do not depend on the scores, so equal ones tell.
     """
-    make_plan(blank_scores(shapes), ratio, scope, floor)
+    make_plan(blank_scores(shapes, drops), ratio, scope, floor)
 
 
-def blank_scores(shapes: Sequence[LayerShape]) -> ExpertScores:
-    """Scores that prefer no expert."""
+def blank_scores(shapes: Sequence[LayerShape], drops: Drops = "experts") -> ExpertScores:
+    """Scores that prefer no expert, nor layer."""
     zeros = {shape.name: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
-    return ExpertScores("", "", "", shapes, zeros)
+    return ExpertScores("", "", "", shapes, zeros, settings={} if drops == "experts" else {"drops": drops})
 
 
 def _slices(shape: LayerShape, scores: list[float]) -> list[tuple[float, list[int]]]:
@@ -105,11 +111,11 @@ def _most_slices(shape: LayerShape, floor: int | None) -> int:
 
 def _layer_slices(shape: LayerShape, ratio: float, most: int, before: int) -> int:
     gone = before - shape.num_experts
-    count = _round(ratio * before) - gone
+    count = rounded(ratio * before) - gone
     if count % shape.num_groups == 0 and (0 if gone else 1) <= count // shape.num_groups <= most:
         return count // shape.num_groups
     group, gone = before // shape.num_groups, gone // shape.num_groups
-    possible = [_named_ratio(drop, group) for drop in range(gone + 1, gone + most + 1)]
+    possible = [named_ratio(drop, group) for drop in range(gone + 1, gone + most + 1)]
     where = f"{shape.name} ({before} experts, top_k={shape.top_k})"
     raise InputError(_refusal(ratio, count, where, possible))
 
@@ -122,12 +128,12 @@ def _global_slices(
     total: int,
 ) -> dict[str, int]:
     gone = total - sum(shape.num_experts for shape in scores.shapes)
-    count = _round(ratio * total) - gone
+    count = rounded(ratio * total) - gone
     limit = sum(most[shape.name] * shape.num_groups for shape in scores.shapes)
     step = max(shape.num_groups for shape in scores.shapes)
     if count % step or not step <= count <= limit:
         where = f"all {len(scores.shapes)} layers ({total} experts)"
-        possible = [_named_ratio(drop, total) for drop in range(gone + step, gone + limit + 1, step)]
+        possible = [named_ratio(drop, total) for drop in range(gone + step, gone + limit + 1, step)]
         raise InputError(_refusal(ratio, count, where, possible))
     order = sorted(
         (score, -shape.index, turn, shape)
@@ -145,19 +151,5 @@ def _global_slices(
 def _refusal(ratio: float, count: int, where: str, possible: list[str]) -> str:
     if not possible:
         return f"--ratio {ratio}: {where}: no expert can be dropped without going below the floor."
-    shown = possible
-    if len(shown) > MOST_RATIOS_NAMED:
-        shown = [*shown[: MOST_RATIOS_NAMED // 2], "...", *shown[-MOST_RATIOS_NAMED // 2 :]]
     what = "drops nothing" if count < 1 else f"drops {count}, which the router's groups and the floor do not allow,"
-    return f"--ratio {ratio} {what} in {where}; possible ratios: {', '.join(shown)}."
-
-
-def _named_ratio(drop: int, total: int) -> str:
-    """A short number that, given as a ratio, drops exactly ``drop`` of ``total``."""
-    names = (f"{drop / total:.{digits}g}" for digits in range(4, 18))
-    return next(name for name in names if _round(float(name) * total) == drop)
-
-
-def _round(value: float) -> int:
-    """Half rounds up, as people expect; 1e-9 forgives ratios such as 0.29 that floats store from below."""
-    return int(value + 0.5 + 1e-9)
+    return f"--ratio {ratio} {what} in {where}; possible ratios: {ratio_list(possible)}."

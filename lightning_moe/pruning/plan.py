@@ -1,4 +1,4 @@
-"""PruningPlan: which experts stay. A small JSON file, to be read and edited by people."""
+"""PruningPlan: which experts and layers stay. A small JSON file, to be read and edited by people."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class PruningPlan:
     """The kept expert ids of each MoE layer, ascending, under the layer's path in the model."""
 
     keep: dict[str, list[int]]
+    """Of a layer without any, the MoE block goes as a whole (Layer Drop, arXiv 2406.02500)."""
     model_id: str | None = None
     """The checkpoint it was made for; a plan without one fits any model with such layers."""
     data_fingerprint: str | None = None
@@ -30,10 +31,12 @@ class PruningPlan:
     merge: Merge = NO_MERGE
     """In the file ``merge`` are its groups (layer -> kept expert -> the experts averaged into it, itself among them ->
     weight), and ``align`` and ``router`` say how; a file without these two has them as ``Merge`` does."""
+    blocks: list[str] = field(default_factory=list)
+    """MoE blocks whose whole decoder layer goes, attention too (Block Drop); ``keep`` names no experts of theirs."""
 
     def check(self, shapes: Sequence[LayerShape], model_id: str) -> None:
         """Raise ``InputError`` unless the plan fits these layers of this model."""
-        check_keep(shapes, self.keep)
+        check_keep(shapes, self.keep, self.blocks)
         check_merge(shapes, self.keep, self.merge)
         if self.model_id is not None and not same_model(self.model_id, model_id):
             raise InputError(
@@ -54,6 +57,7 @@ class PruningPlan:
             "data_fingerprint": self.data_fingerprint,
             "made_by": self.made_by,
             "keep": self.keep,
+            **({"blocks": self.blocks} if self.blocks else {}),
             **({"merge": self.merge.groups, **self.merge.settings} if self.merge.groups else {}),
         }
         write_json(file, value)
@@ -75,10 +79,13 @@ def cut_shapes(shapes: Sequence[LayerShape], keep: Mapping[str, Sequence[int]]) 
 def agreement(one: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """How far two plans agree, layer by layer: experts that both keep, over those that either keeps (Jaccard).
 
-    Under ``all``, that of all layers together. Layers that only one of them names are left out.
+    Under ``all``, that of all layers together. Two that drop a layer as a whole agree on it. Layers that only one of
+    them names are left out.
     """
     both = {name: (set(ids), set(other[name])) for name, ids in one.items() if name in other}
-    layers = {name: len(mine & yours) / len(mine | yours) for name, (mine, yours) in both.items()}
+    layers = {
+        name: len(mine & yours) / len(mine | yours) if mine | yours else 1.0 for name, (mine, yours) in both.items()
+    }
     common = sum(len(mine & yours) for mine, yours in both.values())
     either = sum(len(mine | yours) for mine, yours in both.values())
     return {**layers, "all": common / either if either else 1.0}
@@ -102,9 +109,12 @@ def load_plan(file: Path) -> PruningPlan:
     for name, ids in value["keep"].items():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise InputError(f"--plan {file}: {name}: expected a list of expert ids, found {ids!r}.")
-    keep = {name: sorted(ids) for name, ids in value["keep"].items()}
-    merge = _read_merge(file, value)
-    return PruningPlan(keep, value.get("model_id"), value.get("data_fingerprint"), value.get("made_by") or {}, merge)
+    blocks = value.get("blocks") or []
+    if not isinstance(blocks, list) or not all(isinstance(name, str) for name in blocks):
+        raise InputError(f'--plan {file}: `blocks` must be a list of layers, ["model.layers.3.mlp"], not {blocks!r}.')
+    keep = {name: [] for name in blocks} | {name: sorted(ids) for name, ids in value["keep"].items()}
+    made_by, merge = value.get("made_by") or {}, _read_merge(file, value)
+    return PruningPlan(keep, value.get("model_id"), value.get("data_fingerprint"), made_by, merge, blocks)
 
 
 def _read_merge(file: Path, value: Mapping[str, Any]) -> Merge:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from lightning_moe.moe.layers import LayerShape
 from lightning_moe.stats.store import ModelStats
 
 VERSION = 1
+
+Drops = Literal["experts", "layers", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,13 @@ class ExpertScores:
     """False when a score is an order within its layer, so that comparing layers says nothing."""
     settings: dict[str, Any] = field(default_factory=dict)
     """How they were made: direction, seed. ``for_ratio``, where there is one, is the only ratio that they serve, under
-    scope layer alone."""
+    scope layer alone. ``drops``, where there is one, says that they are of whole layers."""
+
+    @property
+    def drops(self) -> Drops:
+        """What they choose among: experts; MoE blocks (``layers``); decoder layers with one (``blocks``)."""
+        drops: Drops = self.settings.get("drops", "experts")
+        return drops
 
     @property
     def fingerprint(self) -> str:

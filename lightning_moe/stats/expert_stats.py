@@ -52,6 +52,8 @@ class ExpertStats(Metric):
     ratio_R: Tensor
     hsic_EE: Tensor
     own_hsic_EE: Tensor
+    layer_cosine: Tensor
+    block_cosine: Tensor
 
     def __init__(
         self, num_experts: int, hidden_size: int, vocab_size: int, cka_kernel: Kernel = "linear", **kwargs: Any
@@ -75,6 +77,8 @@ class ExpertStats(Metric):
             "ratio_R": (RATIO_BINS,),
             "hsic_EE": (num_experts, num_experts),
             "own_hsic_EE": (num_experts, num_experts),
+            "layer_cosine": (),
+            "block_cosine": (),
         }
         for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
@@ -110,6 +114,11 @@ class ExpertStats(Metric):
             outputs_NH, share_N = outputs_NH[real_N], share_N[real_N]
             count_E = torch.bincount(expert_N, minlength=count_E.shape[0])
         self._add_outputs(outputs_NH, share_N, count_E.tolist())
+
+    def add_cosines(self, layer_T: Tensor, block_T: Tensor, mask_T: Tensor) -> None:
+        """Add how alike the residual stream was over one forward, see ``residual_cosines``; beside ``update``."""
+        self.layer_cosine += layer_T[mask_T].sum(dtype=torch.float64)
+        self.block_cosine += block_T[mask_T].sum(dtype=torch.float64)
 
     def _add_routing(self, routing: Routing, input_ids_T: Tensor, mask_T: Tensor) -> None:
         expert_ids_TK, ids_T = routing.expert_ids_TK[mask_T], input_ids_T[mask_T]

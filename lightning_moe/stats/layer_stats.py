@@ -57,6 +57,11 @@ class LayerStats:
     """HSIC of the outputs of two experts, over the sequences' tokens that both see; see ``minibatch_cka``."""
     own_hsic_EE: Tensor
     """HSIC of the outputs of the first expert with themselves, on the same tokens."""
+    layer_cosine: Tensor
+    """Cosine between the residual stream before and after the MoE block, over all tokens, a scalar; NaN where an older
+    file did not have it."""
+    block_cosine: Tensor
+    """The same of the whole decoder layer."""
 
     router_norm_E: Tensor
     """L2 norm of the router's row."""

@@ -15,6 +15,7 @@ from lightning_moe.moe.routing import Routing, record_routing
 from lightning_moe.stats.expert_stats import ExpertStats
 from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.minibatch_cka import Kernel
+from lightning_moe.stats.residual_cosines import record_cosines
 from lightning_moe.stats.weights import weight_stats
 
 
@@ -63,7 +64,13 @@ class Observation:
             layer.name: ExpertHooks(observe=observer(layer, stats))
             for layer, stats in zip(self.layers, self.stats, strict=True)
         }
+        stats_of = {layer.name: stats for layer, stats in zip(self.layers, self.stats, strict=True)}
         with (
+            record_cosines(
+                model,
+                self.layers,
+                lambda layer, block_T, decoder_T: stats_of[layer.name].add_cosines(block_T, decoder_T, self._mask_T),
+            ),
             record_routing(self.layers, lambda layer, routing: routings.update({layer.name: routing})),
             expert_hooks(model, self.layers, hooks),
         ):

@@ -17,9 +17,9 @@ from lightning_moe.files import replaced_file
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.stats.layer_stats import GRADIENTS, TENSORS, LayerStats
 
-VERSION = 3
+VERSION = 4
 
-LACKING = {"2": ("logit_products_EE",)}
+LACKING = {"2": ("logit_products_EE", "layer_cosine", "block_cosine"), "3": ("layer_cosine", "block_cosine")}
 """Older versions that are read, and what their files do not have: it is NaN then, and who needs it says so."""
 
 
@@ -71,8 +71,9 @@ def load_stats(file: Path) -> ModelStats:
                 names = [name for name in TENSORS if name not in lacking]
                 names += [name for name in GRADIENTS if f"{shape.name}:{name}" in keys]
                 tensors: dict[str, Tensor] = {name: stored.get_tensor(f"{shape.name}:{name}") for name in names}
-                unknown_EE = torch.full_like(tensors["together_EE"], torch.nan)
-                tensors |= dict.fromkeys(lacking, unknown_EE)
+                for name in lacking:
+                    like = tensors["together_EE" if name.endswith("_EE") else "tokens"]
+                    tensors[name] = torch.full_like(like, torch.nan)
                 layers.append(LayerStats(shape, **tensors))
             return ModelStats(metadata["model_id"], metadata["data_fingerprint"], layers, metadata["dtype"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

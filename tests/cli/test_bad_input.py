@@ -330,7 +330,10 @@ PLANS: dict[str, tuple[Case, list[str]]] = {
     "expert below": (lambda p: p.by_plan({LAYER: [-1, 1, 2]}), [LAYER, "-1"]),
     "expert twice": (lambda p: p.by_plan({LAYER: [1, 1, 2]}), [LAYER, "different"]),
     "fewer than top_k": (lambda p: p.by_plan({LAYER: [1]}), [LAYER, "top_k=2"]),
-    "none kept": (lambda p: p.by_plan({LAYER: []}), [LAYER, "0 experts"]),
+    "none kept": (lambda p: p.by_plan({LAYER: [], LAYER.replace("0", "1"): []}), ["drops all", "at least one"]),
+    "blocks in words": (lambda p: p.by_plan({}, blocks="model.layers.0.mlp"), ["plan.json", "`blocks`"]),
+    "a block that is not there": (lambda p: p.by_plan({}, blocks=["model.layers.9.mlp"]), ["model.layers.9.mlp"]),
+    "a block that keeps experts": (lambda p: p.by_plan({LAYER: [0, 1]}, blocks=[LAYER]), [LAYER, "`blocks`"]),
     "another model": (lambda p: p.by_plan({LAYER: [0, 1]}, model_id="mixtral@0123456789ab"), ["mixtral@0123456789ab"]),
 }
 

@@ -41,6 +41,8 @@ SUMS_OF_FLOATS = {"probability_E", "soft_count_E", "norm_E", "norm_sq_E", "gated
     "hsic_EE",
     "logit_products_EE",
     "own_hsic_EE",
+    "layer_cosine",
+    "block_cosine",
 }
 
 

@@ -90,6 +90,8 @@ class RawLayer:
     """Per expert, its matrices."""
     gradients: list[list[Tensor]] = field(default_factory=list)
     """Per expert, the summed gradients of its matrices, a row for each hidden neuron."""
+    cosines: tuple[float, float] = (0.0, 0.0)
+    """Of the residual stream before and after the MoE block, and the whole decoder layer, summed over tokens."""
 
     def outputs(self, expert: int) -> list[Vector]:
         return [visit.output for token in self.tokens for visit in token.visits if visit.expert == expert]
@@ -222,7 +224,8 @@ def raw_layers(
     vocab_size = model.get_input_embeddings().weight.shape[0]
     layers = []
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    for (router, experts), call in zip(parts, watch(model, parts, **inputs), strict=True):
+    cosines = [residual_cosines(model, experts, inputs, counted) for _, experts in parts]
+    for turn, ((router, experts), call) in enumerate(zip(parts, watch(model, parts, **inputs), strict=True)):
         rows, bias = router_rows(router)
         tokens = []
         for position, token_id in enumerate(token_ids):
@@ -239,8 +242,51 @@ def raw_layers(
                 ]
             tokens.append(SeenToken(token_id, softmax(logits), visits, position // input_ids.shape[-1], logits))
         matrices = [expert_matrices(experts, expert) for expert in range(len(rows))]
-        layers.append(RawLayer(len(rows), vocab_size, tokens, rows, matrices))
+        layers.append(RawLayer(len(rows), vocab_size, tokens, rows, matrices, cosines=cosines[turn]))
     return layers
+
+
+def residual_cosines(
+    model: PreTrainedModel, experts: nn.Module, inputs: Mapping[str, Any], counted: Sequence[bool]
+) -> tuple[float, float]:
+    """Between the decoder layer's output without and with its MoE block, and between its input and its output.
+
+    Without the block the residual stream is left as it was before; MiniMax alone scales it, after a norm.
+    """
+    lists = (layer for one in model.modules() if isinstance(one, nn.ModuleList) for layer in one)
+    decoder = next(layer for layer in lists if any(part is experts for part in layer.modules()))
+    block = next(part for part in decoder.modules() if any(child is experts for child in part.children()))
+    seen: dict[str, Tensor] = {}
+
+    def run(name: str, hooks: Sequence[Any]) -> None:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+            seen["in"] = args[0]
+
+        handles = [decoder.register_forward_hook(note), *hooks]
+        with torch.no_grad():
+            model(**inputs)
+        for handle in handles:
+            handle.remove()
+
+    run("without", [block.register_forward_hook(lambda module, args, output: zeros_like(output))])
+    norm_hook = getattr(decoder, "post_attention_layernorm", block).register_forward_pre_hook(
+        lambda module, args: seen.update({"norm": args[0]})
+    )
+    run("out", [norm_hook])
+    before = seen["norm" if "MiniMax" in type(decoder).__name__ else "without"]
+    rows = [
+        tensor.flatten(0, -2).double()[torch.tensor(counted)].tolist() for tensor in (before, seen["in"], seen["out"])
+    ]
+    return (
+        math.fsum(cosine(one, after) for one, after in zip(rows[0], rows[2], strict=True)),
+        math.fsum(cosine(one, after) for one, after in zip(rows[1], rows[2], strict=True)),
+    )
+
+
+def zeros_like(output: Any) -> Any:
+    """What an MoE block gives that adds nothing, in the form of its output."""
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 # ------------------------------------------------------------------------------------------- statistics
@@ -250,6 +296,7 @@ def layer_stats(raw: RawLayer) -> dict[str, Any]:
     """Every sum over tokens, by the name of its field in ``LayerStats``."""
     experts, width = range(raw.num_experts), len(raw.tokens[0].visits[0].output)
     stats: dict[str, Any] = {"tokens": len(raw.tokens)}
+    stats["layer_cosine"], stats["block_cosine"] = raw.cosines
     for name in ("count_E", "probability_E", "soft_count_E", "norm_E", "norm_sq_E", "gated_norm_E", "outliers_E"):
         stats[name] = [0.0] * raw.num_experts
     for name in ("output_sum_EH", "output_sq_EH", "unit_sum_EH"):

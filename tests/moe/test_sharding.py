@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.checkpoints import load_model, save_model
+from lightning_moe.moe.decoder_layers import decoder_layers
 from lightning_moe.moe.decoding import decode
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import stacked_parameters
 from lightning_moe.moe.ranks import check_same, check_shared, gathered, on_all_ranks, rank
 from lightning_moe.moe.sharded_loading import load_sharded
-from lightning_moe.moe.sharding import Sharding, decoder_layers
+from lightning_moe.moe.sharding import Sharding
 from lightning_moe.moe.split_tensors import is_sharded, is_split, local
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model

@@ -66,6 +66,21 @@ def test_a_plan_that_merges_comes_back_as_it_was(align: bool, router: Router, tm
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
 
 
+def test_a_plan_that_drops_layers_comes_back_as_it_was(tmp_path: Path) -> None:
+    """One by its MoE block, one as a whole; by hand the name under ``blocks`` is enough."""
+    keep = {**KEEP, "model.layers.0.mlp": [], "model.layers.1.mlp": []}
+    plan = PruningPlan(keep, MODEL, "data@23", {"method": "block-drop"}, blocks=["model.layers.1.mlp"])
+    plan.save(tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json")
+    assert loaded == plan
+    loaded.check(SHAPES, MODEL)
+    by_hand = load_plan(written(tmp_path, {"keep": {}, "blocks": ["model.layers.1.mlp"]}))
+    assert (by_hand.keep, by_hand.blocks) == ({"model.layers.1.mlp": []}, ["model.layers.1.mlp"])
+    by_hand.check(SHAPES, MODEL)
+    PruningPlan(KEEP).save(tmp_path / "plan.json")
+    assert "blocks" not in json.loads((tmp_path / "plan.json").read_text())
+
+
 def test_a_plan_that_does_not_merge_says_nothing_of_it(tmp_path: Path) -> None:
     """As all plans did before there was merging."""
     PruningPlan(KEEP).save(tmp_path / "plan.json")
@@ -130,7 +145,12 @@ FAULTY_FILES: dict[str, tuple[Any, str]] = {
     "id too high": ({"keep": {"model.layers.0.mlp": [0, 4]}}, "expert 4"),
     "id too low": ({"keep": {"model.layers.0.mlp": [-1, 0]}}, "expert -1"),
     "too few": ({"keep": {"model.layers.1.mlp": [5]}}, "top_k=2"),
-    "none": ({"keep": {"model.layers.1.mlp": []}}, "top_k=2"),
+    "nothing at all": ({"keep": {shape.name: [] for shape in SHAPES}}, "at least one"),
+    "nothing, by both ways": ({"keep": {shape.name: [] for shape in SHAPES[:2]}, "blocks": [SHAPES[2].name]}, "all 3"),
+    "blocks a name": ({"keep": {}, "blocks": "model.layers.1.mlp"}, "`blocks`"),
+    "blocks by number": ({"keep": {}, "blocks": [1]}, "`blocks`"),
+    "an unknown block": ({"keep": {}, "blocks": ["model.layers.9.mlp"]}, "model.layers.9.mlp"),
+    "a block that keeps experts": ({"keep": KEEP, "blocks": ["model.layers.1.mlp"]}, "`blocks`"),
     "an id twice": ({"keep": {"model.layers.1.mlp": [5, 5, 6]}}, "different"),
     **{
         f"merge, {name}": ({"keep": KEEP, "merge": merge}, said)
@@ -256,3 +276,4 @@ def test_agreement_by_hand() -> None:
 def test_agreement_of_layers_that_both_name() -> None:
     assert agreement({"a": [0], "b": [0]}, {"b": [0, 1], "c": [5]}) == {"b": 0.5, "all": 0.5}
     assert agreement({"a": [0]}, {"c": [5]}) == {"all": 1.0}
+    assert agreement({"a": [], "b": [0]}, {"a": [], "b": [1]}) == {"a": 1.0, "b": 0.0, "all": 0.0}

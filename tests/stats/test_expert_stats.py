@@ -22,6 +22,7 @@ from lightning_moe.moe.experts import Assignments
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.routing import Routing
 from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.pruning.layer_drop import layer_scores
 from lightning_moe.stats.expert_stats import ExpertStats
 from lightning_moe.stats.layer_stats import TENSORS, LayerStats
 from lightning_moe.stats.observation import Observation
@@ -167,7 +168,7 @@ def test_permuting_experts_permutes_the_statistics(family: str) -> None:
             value = getattr(before, name)
             if name.endswith("_EE"):
                 value = value[order][:, order]
-            elif name not in ("tokens", "ratio_R"):
+            elif name not in ("tokens", "ratio_R", "layer_cosine", "block_cosine"):
                 value = value[order]
             moved[name] = value
         assert_same(found, LayerStats(before.shape, **moved))
@@ -538,18 +539,25 @@ def test_missing_statistics_are_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal_of(tmp_path / "stats.safetensors")
 
 
-def test_an_older_version_is_read_and_lacks_what_it_did_not_have(stored: Path) -> None:
+@pytest.mark.parametrize("version", ["2", "3"])
+def test_an_older_version_is_read_and_lacks_what_it_did_not_have(version: str, stored: Path) -> None:
     whole = load_stats(stored)
-    tensors = {name: tensor for name, tensor in load_file(stored).items() if not name.endswith("logit_products_EE")}
+    lacking = ("cosine", "logit_products_EE") if version == "2" else ("cosine",)
+    tensors = {name: tensor for name, tensor in load_file(stored).items() if not name.endswith(lacking)}
     with safe_open(stored, "pt") as file:
         metadata = dict(file.metadata())
-    save_file(tensors, stored, metadata=metadata | {"version": "2"})
-    for layer, expected in zip(load_stats(stored).layers, whole.layers, strict=True):
-        assert layer.logit_products_EE.shape == expected.logit_products_EE.shape
+    save_file(tensors, stored, metadata=metadata | {"version": version})
+    older = load_stats(stored)
+    for layer, expected in zip(older.layers, whole.layers, strict=True):
+        assert all(getattr(layer, name).shape == getattr(expected, name).shape for name in TENSORS)
         assert all(torch.equal(getattr(layer, name), getattr(expected, name)) for name in ("count_E", "hsic_EE"))
+        if version == "2":
+            with pytest.raises(InputError, match="older version"):
+                router_similarity(layer)
+    for drops in ("layers", "blocks"):
         with pytest.raises(InputError, match="older version"):
-            router_similarity(layer)
-    rewrite(stored, version="3")
+            layer_scores(older, "layer-drop", drops)
+    rewrite(stored, version="4")
     refusal_of(stored)
 
 
