@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 from lightning_moe.cli.methods import Method, get_method
 from lightning_moe.cli.round_options import RoundOptions
 from lightning_moe.errors import InputError, did_you_mean
+from lightning_moe.moe.semi_structured import PATTERN_RATIO
 from lightning_moe.pruning.budget import Scope
 from lightning_moe.pruning.schedule import RoundSchedule
 from lightning_moe.report.comparison import FULL
@@ -51,7 +52,7 @@ class Cell:
         return {
             "method": self.method_name,
             "strategy": self.strategy,
-            "scope": None if self.method is None else self.scope,
+            "scope": None if self.method is None or self.method.weights else self.scope,
             "ratio": self.ratio,
             "seed": self.seed,
         } | ({"recipe": self.recipe} if self.recipe else {})
@@ -62,6 +63,8 @@ class Cell:
         seed = "" if self.seed is None else f", seed {self.seed}"
         if self.method is None:
             return f"full model tuned as at {100 * self.ratio:g}%{seed}"
+        if self.method.weights is not None:
+            return f"{self.method.name}, {100 * self.ratio:g}% of the experts' weights{seed}"
         strategy = "" if self.strategy == "one-shot" else f", {self.strategy}"
         return f"{self.method.name}{strategy}, {self.scope}, {100 * self.ratio:g}%{seed}"
 
@@ -79,6 +82,8 @@ class Cell:
     def _words(self) -> str:
         if self.method is None:
             return f"{FULL}-{self.strategy}"
+        if self.method.weights is not None:
+            return self.method.file_name
         strategy = "" if self.strategy == "one-shot" else f"-{self.strategy}"
         return f"{self.method.file_name}{strategy}-{self.scope}"
 
@@ -126,6 +131,7 @@ def make_grid(
             f"--methods: {' and '.join(merging)} merge experts, which is done in one cut: compare them by --strategies "
             "'[one-shot]', in the same --out if you like."
         )
+    _check_weight_methods(chosen, ratios, chosen_strategies)
     plans = {name: _schedules(name, ratios, options) for name in chosen_strategies}
     all_seeds = list(range(first_seed, first_seed + seeds))
     cells = [
@@ -133,8 +139,8 @@ def make_grid(
         for method in chosen
         for strategy, plan in plans.items()
         for seed in (all_seeds if method.seeded or _tunes(strategy) else [None])
-        for ratio in ratios
-        for scope in known
+        for ratio in (ratios if method.weights is None else [PATTERN_RATIO])
+        for scope in (known if method.weights is None else known[:1])
     ]
     if any(_tunes(strategy) for strategy in plans):
         plan = _schedules("lottery", ratios, options)
@@ -144,6 +150,21 @@ def make_grid(
             for ratio in ratios
         ]
     return cells
+
+
+def _check_weight_methods(methods: Sequence[Method], ratios: Sequence[float], strategies: Sequence[Strategy]) -> None:
+    """Methods that prune weights have one ratio and one cut."""
+    names = " and ".join(method.name for method in methods if method.weights is not None)
+    if names and PATTERN_RATIO not in ratios:
+        raise InputError(
+            f"--ratios {list(ratios)}: {names} set two of every four weights of all experts to zero, which is "
+            f"{PATTERN_RATIO}; name that too."
+        )
+    if names and list(strategies) != ["one-shot"]:
+        raise InputError(
+            f"--methods: {names} set weights to zero in one cut, and tuning would fill them again: compare them by "
+            "--strategies '[one-shot]', in the same --out if you like."
+        )
 
 
 def _tunes(strategy: str) -> bool:

@@ -58,6 +58,11 @@ def prune_in_rounds(
             f"--method {method.name}: it merges experts, which is done in one cut; leave out --rounds and "
             "--finetune_tokens, and tune the model it writes with `fit`."
         )
+    if method.weights is not None:
+        raise InputError(
+            f"--method {method.name}: it sets weights to zero in one cut, and tuning would fill them again; leave out "
+            "--rounds and --finetune_tokens."
+        )
     if data.path is None:
         raise InputError("rounds estimate anew each time, so they need text: give --data.path.")
     schedule = options.schedule(cut.ratio)
