@@ -72,7 +72,8 @@ def rest(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def slow_wanda(weight_OI: Tensor, norm_I: list[float] | None) -> list[list[float]]:
-    """Group by group, in Python numbers; without norms by magnitude."""
+    """Group by group, in Python numbers; by magnitude without norms, and for an expert without tokens."""
+    norm_I = norm_I if norm_I and any(norm_I) else None
     rows = []
     for row in weight_OI.tolist():
         kept = [0.0] * len(row)
@@ -217,7 +218,8 @@ def test_the_layers_of_a_non_uniform_model_and_its_16_bits(tmp_path: Path) -> No
     zero_in_checkpoint(str(tmp_path / "model"), pattern, tmp_path / "new")
     found = load_model(str(tmp_path / "new"))
     assert found.dtype == torch.bfloat16
-    same_weights(found, with_zeros(model, pattern))
+    state = with_zeros(model, pattern).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
     assert {file.name for file in (tmp_path / "new").iterdir()} == {f.name for f in (tmp_path / "model").iterdir()}
 
 
