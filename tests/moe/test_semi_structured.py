@@ -20,13 +20,11 @@ from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.semi_structured import InputNorms, Pattern, Rule, largest_two, zero_in_model
 from lightning_moe.moe.semi_structured_disk import check_prunable, zero_in_checkpoint
-from lightning_moe.moe.sharded_loading import load_sharded
-from lightning_moe.moe.sharding import Sharding
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.input_norms import InputSums
 from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
-from tests.helpers.sharded import on_ranks, same_weights, written
+from tests.helpers.sharded import same_weights
 
 FEW = ["mixtral", "gpt_oss", "granitemoe", "deepseek_v3"]
 """Experts on disk one by one; stacked, transposed, gate and up by turns, with biases; stacked; with shared experts."""
@@ -221,33 +219,3 @@ def test_the_layers_of_a_non_uniform_model_and_its_16_bits(tmp_path: Path) -> No
     state = with_zeros(model, pattern).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
     assert {file.name for file in (tmp_path / "new").iterdir()} == {f.name for f in (tmp_path / "model").iterdir()}
-
-
-def splits(folder: Path, sharding: Sharding) -> None:
-    """Split over the experts, or along another dimension where their number does not divide."""
-    for family, experts in (("mixtral", 8), ("gpt_oss", 7)):
-        path = written(family, folder, f"{family}-{experts}", num_local_experts=experts)
-        alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        split = load_sharded(str(path), sharding, "float32")
-        sums = InputSums(split)
-        half = tiny_batch(batch=2)[torch.distributed.get_rank()][None]
-        sums.next_batch(half)
-        with torch.no_grad(), sums.attached(split):
-            split(input_ids=half)
-        norms = sums.norms()
-        both = InputSums(alone)
-        both.next_batch(tiny_batch(batch=2))
-        with torch.no_grad(), both.attached(alone):
-            alone(input_ids=tiny_batch(batch=2))
-        wanted = both.sums()
-        for layer, stacks in norms.items():
-            for stack, norm_EI in stacks.items():
-                torch.testing.assert_close(norm_EI, wanted[f"{layer}:{stack}"].sqrt().float())
-        for pattern in (Pattern("random", 1), Pattern("wanda", norms=norms)):
-            assert zero_in_model(split, pattern) == zero_in_model(alone, pattern)
-            same_weights(split, alone)
-
-
-@pytest.mark.scale
-def test_a_split_model_gets_the_same_zeros(tmp_path: Path) -> None:
-    on_ranks(2, tmp_path, splits)
