@@ -157,13 +157,13 @@ def _check_weight_methods(methods: Sequence[Method], ratios: Sequence[float], st
     names = " and ".join(method.name for method in methods if method.weights is not None)
     if names and PATTERN_RATIO not in ratios:
         raise InputError(
-            f"--ratios {list(ratios)}: {names} set two of every four weights of all experts to zero, which is "
+            f"--ratios {list(ratios)}: by {names} two of every four weights of all experts become zero, which is "
             f"{PATTERN_RATIO}; name that too."
         )
     if names and list(strategies) != ["one-shot"]:
         raise InputError(
-            f"--methods: {names} set weights to zero in one cut, and tuning would fill them again: compare them by "
-            "--strategies '[one-shot]', in the same --out if you like."
+            f"--methods: by {names} weights become zero in one cut, and tuning would fill them again: compare them "
+            "by --strategies '[one-shot]', in the same --out if you like."
         )
 
 

@@ -52,9 +52,10 @@ def prune_weights(
     pattern, fingerprint, _ = _pattern(trainer, model, data, run, method, seed())
     if not trainer.is_global_zero:
         return None
+    if (run.folder / "prune.json").is_file():  # of another prune, which this one replaces
+        for name in ("plan.json", "rounds.jsonl", "figures/rounds.png", "figures/expert_usage.png"):
+            (run.folder / name).unlink(missing_ok=True)
     run.begin()
-    for name in ("plan.json", "rounds.jsonl", "figures/rounds.png", "figures/expert_usage.png"):
-        (run.folder / name).unlink(missing_ok=True)  # of another prune, which this one replaces
     started = time.perf_counter()
     zeros = zero_in_checkpoint(path, pattern, target)
     return run.finish(

@@ -30,7 +30,7 @@ from lightning_moe.moe.tensor_reader import finite, opened
 from lightning_moe.moe.weight_shards import SHARD_BYTES, write_shards
 
 Places = Mapping[str, tuple[MoELayer, NeuronAxis]]
-"""What each tensor of the experts' matrices on disk is, by its name, or by that of expert 0."""
+"""What each tensor of the experts' matrices on disk is, by its name; of experts one by one, by that of expert 0."""
 
 
 def zero_in_checkpoint(source: str, pattern: Pattern, target: Path, shard_bytes: int = SHARD_BYTES) -> int:
@@ -86,12 +86,13 @@ def _places(files: Sequence[Path], model: PreTrainedModel) -> Places:
                 if cut is None or not (one_by_one or ".experts." in name or len(part.get_shape()) >= 3):
                     continue
                 check_type(name, part.get_dtype())
-                if len(part.get_shape()) != (2 if one_by_one else 3):
-                    continue  # a bias
+                first = EXPERT.sub(FIRST, name)
+                if first in places or len(part.get_shape()) != (2 if one_by_one else 3):
+                    continue  # the matrix of another expert, or a bias
                 layer = next(by_index[index] for index, one in cuts.items() if one is cut)
-                place = _place(layout, EXPERT.sub(FIRST, name), layer, one_by_one)
+                place = _place(layout, first, layer, one_by_one)
                 if place is not None:
-                    places[EXPERT.sub(FIRST, name)] = layer, place
+                    places[first] = layer, place
     for layer in layers:
         found = [axis.place[0] for owner, axis in places.values() if owner is layer for _ in range(axis.parts)]
         fused = [name for name in stacked_parameters(layer.experts) for _ in range(2 if "gate_up" in name else 1)]
