@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_moe.files import replaced_file
-from lightning_moe.moe.layers import hugging_face_model
+from lightning_moe.callbacks.summing_pass import SummingPass
 from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.observation import Observation
 
 
-class ExpertObservation(Callback):
+class ExpertObservation(SummingPass[Observation]):
     """Observe the experts of the Hugging Face MoE inside a LightningModule; the result is in ``layers``.
 
     Batches are mappings with ``input_ids`` and, when something is padded, ``attention_mask``. Not for training: with
@@ -39,90 +34,15 @@ class ExpertObservation(Callback):
         save_every: int = 25,
         stable_ranks: bool = True,
     ) -> None:
-        self.partial, self.resume, self.save_every = partial, resume, save_every
+        super().__init__(partial, resume, save_every)
         self.stable_ranks = stable_ranks
         self.layers: list[LayerStats] = []
         """One per MoE layer, in the order of depth, summed over ranks; filled when the loop ends."""
-        self._context = ExitStack()
-        self._observation: Observation | None = None
-        self._done = self._summed = 0
-
-    def _files(self, rank: int) -> dict[int, Path]:
-        """The saves of a rank, by the number of batches summed."""
-        if self.partial is None:
-            return {}
-        return {int(file.stem.split("-")[2]): file for file in self.partial.glob(f"observation-{rank}-*.safetensors")}
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Ranks save on their own, so a kill may leave them apart: go on from the last batch that all have saved.
-        # The strategy's collectives work from this hook on, and the loaders are made after it.
-        mine = sorted(self._files(trainer.global_rank))
-        saves: list[list[int]] = [mine] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(saves, mine)
-        self._summed = max(set.intersection(*(set(one) for one in saves)), default=0)
-        if self.resume is not None:
-            self.resume(self._summed)
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = hugging_face_model(pl_module, "ExpertObservation")
-        observation = Observation(model).to(pl_module.device)
-        self._done, self._summed = self._summed, 0
-        if self._done:
-            observation.load_sums(load_file(self._files(trainer.global_rank)[self._done], str(pl_module.device)))
-        self._observation = observation
-        self._context.enter_context(observation.attached(model))
-
-    def _next_batch(self, batch: Any) -> None:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise TypeError("ExpertObservation: batches must be mappings with `input_ids`.")
-        assert self._observation is not None
-        self._observation.next_batch(batch["input_ids"], batch.get("attention_mask"))
-
-    def _batch_done(self, trainer: Trainer) -> None:
-        self._done += 1
-        if self.partial is not None and self._done % self.save_every == 0:
-            assert self._observation is not None
-            earlier = self._files(trainer.global_rank)
-            with replaced_file(self.partial / f"observation-{trainer.global_rank}-{self._done}.safetensors") as beside:
-                save_file(self._observation.sums(), beside)
-            # Two saves stay: another rank may be one behind.
-            for done in sorted(earlier)[:-1]:
-                earlier[done].unlink()
-
-    def _end(self) -> None:
-        self._context.close()
-        assert self._observation is not None
-        self.layers = self._observation.compute(self.stable_ranks)
+    def _begun(self, model: PreTrainedModel) -> Observation:
+        return Observation(model)
 
     @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    @override
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._next_batch(batch)
-
-    @override
-    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._batch_done(trainer)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end()
-
-    on_validation_start = on_test_start = on_predict_start
-    on_validation_batch_start = on_test_batch_start = on_predict_batch_start
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end
-    on_validation_end = on_test_end = on_predict_end
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._context.close()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._context.close()
+    def _ended(self, running: Observation) -> None:
+        self.layers = running.compute(self.stable_ranks)

@@ -13,12 +13,14 @@ from lightning.pytorch import Trainer
 
 from lightning_moe.cli.grid import Cell
 from lightning_moe.cli.job import Job
+from lightning_moe.cli.methods import Method
 from lightning_moe.cli.records import Records, without_stamp
 from lightning_moe.cli.request import model_path
 from lightning_moe.cli.round_cells import RoundRuns, derived_figures, figures_of_round
 from lightning_moe.cli.round_options import RoundOptions
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import observe
+from lightning_moe.cli.weight_pruning import zeroed_model
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe
 from lightning_moe.evaluation.perplexity import measure
@@ -128,6 +130,8 @@ class Comparison:
     def _measured(self, cell: Cell) -> dict[str, Any]:
         if cell.method is not None:
             cell.method.check_scope(cell.scope)
+            if cell.method.weights is not None:
+                return self._with_zeros(cell.method, cell.seed)
         if cell.schedule is not None:
             first = replace(cell, ratio=cell.schedule.ratios[0])
             scores, seconds = (None, 0.0) if cell.method is None else self._scored(first)
@@ -143,6 +147,12 @@ class Comparison:
             return self._figures(plan.keep, blocks=plan.blocks) | figures
         merge = cell.method.merge(self.job.stats, plan.keep)
         return self._figures(plan.keep, merge) | figures | {"merge": merge.groups, **merge.settings}
+
+    def _with_zeros(self, method: Method, seed: int | None) -> dict[str, Any]:
+        """What the model is worth with some weights of all experts set to zero."""
+        model, made = zeroed_model(self.job, self.run, method, seed)
+        figures = measure(self.trainer, model, self.validation)
+        return figures | derived_figures(figures, {}, self.path, self.shapes) | made
 
     def _figures(
         self, keep: dict[str, list[int]], merge: Merge = NO_MERGE, blocks: Sequence[str] = ()

@@ -20,6 +20,7 @@ from lightning_moe.cli.request import (
 )
 from lightning_moe.cli.round_options import RoundOptions, prepare_tuning
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.weight_pruning import check_weight_cells
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -56,6 +57,7 @@ def compare(
             f"--methods: {' and '.join(merging)} merge experts, which cannot be done in memory where moe_fsdp splits "
             "the model; compare them on one device, or `prune` by them, which merges on disk, and `evaluate`."
         )
+    check_weight_cells([cell.method for cell in grid if cell.method is not None], model_path(model))
     for cell in grid:
         if cell.schedule is not None and cell.method is not None:
             check_rounds(shapes, cell.schedule, cell.scope)
@@ -105,6 +107,8 @@ def compare(
         run.save(figures) if failed else run.finish(figures)
         show_comparison(entries)
         _note_orders(rows, say.print)
+        if any("nonzero_parameters" in row for row in rows):
+            say.print("note: 2:4 sets that share of the experts' weights to zero; it drops no expert and no byte.")
         for what, shared in ((OBSERVATION, "statistics shared one pass"), (GRADIENTS, "gradients shared passes")):
             seconds = comparison.seconds_of(what)
             if seconds is not None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 from lightning_moe.cli.methods import Method, get_method
 from lightning_moe.cli.round_options import RoundOptions
 from lightning_moe.errors import InputError, did_you_mean
+from lightning_moe.moe.semi_structured import PATTERN_RATIO
 from lightning_moe.pruning.budget import Scope
 from lightning_moe.pruning.schedule import RoundSchedule
 from lightning_moe.report.comparison import FULL
@@ -51,7 +52,7 @@ class Cell:
         return {
             "method": self.method_name,
             "strategy": self.strategy,
-            "scope": None if self.method is None else self.scope,
+            "scope": None if self.method is None or self.method.weights else self.scope,
             "ratio": self.ratio,
             "seed": self.seed,
         } | ({"recipe": self.recipe} if self.recipe else {})
@@ -62,6 +63,8 @@ class Cell:
         seed = "" if self.seed is None else f", seed {self.seed}"
         if self.method is None:
             return f"full model tuned as at {100 * self.ratio:g}%{seed}"
+        if self.method.weights is not None:
+            return f"{self.method.name}, {100 * self.ratio:g}% of the experts' weights{seed}"
         strategy = "" if self.strategy == "one-shot" else f", {self.strategy}"
         return f"{self.method.name}{strategy}, {self.scope}, {100 * self.ratio:g}%{seed}"
 
@@ -79,6 +82,8 @@ class Cell:
     def _words(self) -> str:
         if self.method is None:
             return f"{FULL}-{self.strategy}"
+        if self.method.weights is not None:
+            return self.method.file_name
         strategy = "" if self.strategy == "one-shot" else f"-{self.strategy}"
         return f"{self.method.file_name}{strategy}-{self.scope}"
 
@@ -120,18 +125,7 @@ def make_grid(
         raise InputError(f"--finetune_tokens {options.tokens}: none of --strategies {list(strategies)} tunes.")
     if options.rounds != 1 and chosen_strategies == ["one-shot"]:
         raise InputError(f"--rounds {options.rounds}: --strategies {list(strategies)} has but one cut.")
-    merging = [method.name for method in chosen if method.merge is not None]
-    if merging and chosen_strategies != ["one-shot"]:
-        raise InputError(
-            f"--methods: {' and '.join(merging)} merge experts, which is done in one cut: compare them by --strategies "
-            "'[one-shot]', in the same --out if you like."
-        )
-    whole = [method.name for method in chosen if method.drops != "experts"]
-    if whole and chosen_strategies != ["one-shot"]:
-        raise InputError(
-            f"--methods: {' and '.join(whole)}: whole layers are dropped in one cut: compare them by --strategies "
-            "'[one-shot]', in the same --out if you like."
-        )
+    _check_one_cut(chosen, ratios, chosen_strategies)
     plans = {name: _schedules(name, ratios, options) for name in chosen_strategies}
     all_seeds = list(range(first_seed, first_seed + seeds))
     cells = [
@@ -139,8 +133,8 @@ def make_grid(
         for method in chosen
         for strategy, plan in plans.items()
         for seed in (all_seeds if method.seeded or _tunes(strategy) else [None])
-        for ratio in ratios
-        for scope in known
+        for ratio in (ratios if method.weights is None else [PATTERN_RATIO])
+        for scope in (known if method.weights is None else known[:1])
     ]
     if any(_tunes(strategy) for strategy in plans):
         plan = _schedules("lottery", ratios, options)
@@ -150,6 +144,22 @@ def make_grid(
             for ratio in ratios
         ]
     return cells
+
+
+def _check_one_cut(methods: Sequence[Method], ratios: Sequence[float], strategies: Sequence[Strategy]) -> None:
+    """Refuse rounds of what is one cut, and ratios without the one of methods that have no other."""
+    names = " and ".join(method.name for method in methods if method.weights is not None)
+    if names and PATTERN_RATIO not in ratios:
+        raise InputError(
+            f"--ratios {list(ratios)}: by {names} two of every four weights of all experts become zero, which is "
+            f"{PATTERN_RATIO}; name that too."
+        )
+    for method in methods if list(strategies) != ["one-shot"] else ():
+        if method.one_cut is not None:
+            raise InputError(
+                f"--methods {method.name}: it {method.one_cut}, in one cut: compare it by --strategies '[one-shot]', "
+                "in the same --out if you like."
+            )
 
 
 def _tunes(strategy: str) -> bool:

@@ -53,15 +53,10 @@ def prune_in_rounds(
     method = get_method(cut.method)
     shapes = layer_shapes(path)
     options.check()
-    if method.merge is not None:
+    if method.one_cut is not None:
         raise InputError(
-            f"--method {method.name}: it merges experts, which is done in one cut; leave out --rounds and "
-            "--finetune_tokens, and tune the model it writes with `fit`."
-        )
-    if method.drops != "experts":
-        raise InputError(
-            f"--method {method.name}: it drops whole layers, which is done in one cut; leave out --rounds and "
-            "--finetune_tokens, and tune the model it writes with `fit`."
+            f"--method {method.name}: it {method.one_cut}, in one cut; leave out --rounds and --finetune_tokens, and "
+            "tune the model it writes with `fit`."
         )
     if data.path is None:
         raise InputError("rounds estimate anew each time, so they need text: give --data.path.")

@@ -16,6 +16,7 @@ from lightning_moe.cli.search import SearchRequest, importance_scores, run_searc
 from lightning_moe.criteria import Criterion, criteria
 from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.moe.merged_experts import Merge
+from lightning_moe.moe.semi_structured import PATTERN, Rule
 from lightning_moe.pruning.budget import Scope
 from lightning_moe.pruning.clustering import cluster_scores, merge_clusters
 from lightning_moe.pruning.layer_drop import layer_scores
@@ -62,6 +63,17 @@ class Method:
     """What goes: experts, or whole layers, which are chosen among all of the model in one cut."""
     merge: MergeRule | None = None
     """What it does with the experts it does not keep; None drops them. It is done in one cut, not in rounds."""
+    weights: Rule | None = None
+    """Which weights of every expert it sets to zero, two of every four; it scores and drops no experts then."""
+
+    @property
+    def one_cut(self) -> str | None:
+        """What it does that is done in one cut; None for a method that also works in rounds."""
+        if self.merge is not None:
+            return "merges experts"
+        if self.drops != "experts":
+            return "drops whole layers"
+        return None if self.weights is None else "sets weights to zero, which tuning would fill again"
 
     @property
     def file_name(self) -> str:
@@ -199,12 +211,30 @@ def _of_naee(name: str, progressive: bool) -> Method:
     )
 
 
+def _of_rule(rule: Rule, summary: str) -> Method:
+    name = f"{PATTERN}-{rule}"
+
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        raise InputError(f"{name} sets weights inside of all experts to zero; it gives experts no scores.")
+
+    return Method(name, summary, scores, seeded=rule == "random", needs_text=rule == "wanda", weights=rule)
+
+
+def _weight_methods() -> list[Method]:
+    return [
+        _of_rule("random", "Sets two of every four weights of all experts to zero, at random."),
+        _of_rule("magnitude", "Sets the two smallest of every four weights of all experts to zero."),
+        _of_rule("wanda", "The same by weight times the norm of its inputs (Wanda)."),
+    ]
+
+
 def methods() -> list[Method]:
-    """All methods: every criterion, what merges, what drops layers, the searches, and those of plugins."""
+    """All methods: criteria, what merges, drops layers or prunes weights, the searches, and those of plugins."""
     return [
         *(_of_criterion(criterion) for criterion in criteria()),
         *_merging_methods(),
         *_layer_methods(),
+        *_weight_methods(),
         *(_of_preset(name) for name in PRESETS),
         _of_naee("naee", False),
         _of_naee("naee-progressive", True),

@@ -16,6 +16,7 @@ from lightning_moe.cli.request import asked_batches, asked_data, asked_model, mo
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import known_stats, observe
 from lightning_moe.cli.skipping import Skipping, wanted_entry
+from lightning_moe.cli.weight_pruning import prune_weights
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -48,12 +49,14 @@ def prune(
     """
     path = model_path(model)
     sources = {"--data.path": data.path, "--stats": stats_file, "--scores": scores_file, "--plan": plan_file}
+    method = get_method(cut.method)
+    if method.weights is not None:
+        return prune_weights(trainer, model, data, out, cut, sources, overwrite, skipping, merge)
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise InputError(
             f"prune works from one of --data.path, --stats, --scores or --plan; given: {' and '.join(given) or 'none'}."
         )
-    method = get_method(cut.method)
     if merge and method.merge is not None:
         raise InputError(f"--merge: {cut.method} merges as it is; leave it out.")
     if merge and method.drops != "experts":

@@ -174,7 +174,9 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
             method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean egs ege ego
                 egn reap reap-sum man msan seer trimming random); a search, diep or diep-PRESET as `search` has it, or
                 over sets of experts in each layer, naee or naee-progressive; what merges experts (m-smoe s-smoe); or
-                what drops whole layers, with --scope global: layer-drop MoE blocks, block-drop decoder layers.
+                what drops whole layers, with --scope global: layer-drop MoE blocks, block-drop decoder layers; or what
+                drops nothing and sets two of every four weights of each expert to zero (2:4-random 2:4-magnitude
+                2:4-wanda), always half of them.
             ratio: Fraction of the experts to drop.
             scope: Drop the same number in each layer, or the lowest of all layers.
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.

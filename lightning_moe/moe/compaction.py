@@ -71,7 +71,7 @@ def compact_checkpoint(
             store_entry(loaded.config, skipping)
         keep_experts(loaded, keep, merge, blocks)
         with replaced_folder(target) as beside:
-            _copy_companions(folder, beside)
+            copy_companions(folder, beside)
             write_model(loaded, beside)
         return
     by_index = {shape.index: (shape.num_experts, keep.get(shape.name, range(shape.num_experts))) for shape in shapes}
@@ -98,7 +98,7 @@ def compact_checkpoint(
         store_entry(model.config, skipping)
     cut_entry(model.config, left, dropped)
     with replaced_folder(target) as beside:
-        _copy_companions(folder, beside)
+        copy_companions(folder, beside)
         write_shards(kept_tensors(files, {**cuts, **merged}, dropped), beside, shard_bytes)
         raw = json.loads((folder / "config.json").read_text())
         config = _brought_in_line(raw, model.config, type(model).__name__, settings)
@@ -106,7 +106,7 @@ def compact_checkpoint(
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _copy_companions(folder: Path, target: Path) -> None:
+def copy_companions(folder: Path, target: Path) -> None:
     """Copy what lies beside the weights: tokenizer, generation config, chat template; no weights of other formats."""
     for file in folder.iterdir():
         if file.is_file() and not file.name.endswith((".index.json", *WEIGHT_SUFFIXES)):

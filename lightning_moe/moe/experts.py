@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lightning_moe.moe.layers import MoELayer
-from lightning_moe.moe.skipping import choose, compute_rows, weighted_sum
+from lightning_moe.moe.skipping import Watch, choose, compute_rows, weighted_sum
 
 IMPLEMENTATION = "lightning_moe"
 
@@ -47,6 +47,8 @@ class ExpertHooks:
     """A factor on each expert's routing weight, in its own precision; gradients reach it."""
     route: Route | None = None
     """Send tokens elsewhere than the router says; nothing is skipped then."""
+    watch: Watch | None = None
+    """See what every matrix is given."""
 
 
 def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor
     what is skipped gets weight 0. A gate works on what skipping left.
     """
     hooks: ExpertHooks | None = getattr(experts, "lightning_moe_hooks", None)
-    observe = None if hooks is None else hooks.observe
+    observe, watch = (None, None) if hooks is None else (hooks.observe, hooks.watch)
     keep_TK = None
     if hooks is not None and hooks.route is not None:
         expert_ids_TK, weights_TK = hooks.route(expert_ids_TK, weights_TK)
@@ -67,7 +69,7 @@ def experts_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor
     if hooks is not None and hooks.gates_E is not None:
         # index_select, since the backward of fancy indexing is many times slower
         weights_TK = weights_TK * hooks.gates_E.index_select(0, expert_ids_TK.flatten()).view_as(weights_TK)
-    rows = compute_rows(experts, hidden_TH, expert_ids_TK, None if observe else keep_TK)
+    rows = compute_rows(experts, hidden_TH, expert_ids_TK, None if observe or watch else keep_TK, watch)
     if observe is not None:
         observe(Assignments(rows.outputs_NH, rows.token_N, given_TK.flatten()[rows.place_N], rows.count_E))
     return weighted_sum(rows, weights_TK).to(hidden_TH.dtype)
@@ -92,6 +94,7 @@ def expert_hooks(model: PreTrainedModel, layers: list[MoELayer], hooks: Mapping[
             inner.observe or outer[layer.name].observe,
             outer[layer.name].gates_E if inner.gates_E is None else inner.gates_E,
             inner.route or outer[layer.name].route,
+            inner.watch or outer[layer.name].watch,
         )
     try:
         yield

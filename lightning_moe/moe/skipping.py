@@ -10,7 +10,7 @@ computed: the grouped products run over fewer rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,10 @@ class ComputedRows:
         return self.place_N // self.shape_TK[-1]
 
 
+Watch = Callable[[str, Tensor, Tensor, Tensor], None]
+"""``(stack, inputs, token of each row, count_E)``: sees what the matrices of a stack are given, sorted by expert."""
+
+
 def skipping_forward(experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum of the outputs of the experts that stay, ``(T, H)``."""
     keep_TK, weights_TK = choose(experts, expert_ids_TK, weights_TK)
@@ -102,7 +106,11 @@ def choose(experts: nn.Module, expert_ids_TK: Tensor, weights_TK: Tensor) -> tup
 
 
 def compute_rows(
-    experts: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, keep_TK: Tensor | None = None
+    experts: nn.Module,
+    hidden_TH: Tensor,
+    expert_ids_TK: Tensor,
+    keep_TK: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> ComputedRows:
     """Run every expert on its tokens; assignments that ``keep_TK`` leaves out are not computed."""
     if keep_TK is None:
@@ -112,8 +120,14 @@ def compute_rows(
         expert_N, order_N = expert_ids_TK.flatten()[place_N].sort(stable=True)
         place_N = place_N[order_N]
     count_E = torch.bincount(expert_N, minlength=_num_experts(experts))
-    inputs_NH = hidden_TH.index_select(0, place_N // expert_ids_TK.shape[-1])
-    return ComputedRows(_outputs(experts, inputs_NH, expert_N, count_E), place_N, count_E, expert_ids_TK.shape)
+    token_N = place_N // expert_ids_TK.shape[-1]
+
+    def see(stack: str, inputs: Tensor) -> None:
+        if watch is not None:
+            watch(stack, inputs, token_N, count_E)
+
+    outputs_NH = _outputs(experts, hidden_TH.index_select(0, token_N), expert_N, count_E, see)
+    return ComputedRows(outputs_NH, place_N, count_E, expert_ids_TK.shape)
 
 
 def weighted_sum(rows: ComputedRows, weights_TK: Tensor) -> Tensor:
@@ -134,11 +148,15 @@ def _num_experts(experts: nn.Module) -> int:
     return stack.shape[0]
 
 
-def _outputs(experts: nn.Module, inputs_NH: Tensor, expert_N: Tensor, count_E: Tensor) -> Tensor:
+def _outputs(
+    experts: nn.Module, inputs_NH: Tensor, expert_N: Tensor, count_E: Tensor, see: Callable[[str, Tensor], None]
+) -> Tensor:
     """Outputs of sorted assignments, ``(N, H)``; the flags are those transformers' own decorator sets."""
     name = "gate_up_proj" if experts.has_gate else "up_proj"
+    see(name, inputs_NH)
     inner_NF = _grouped_linear(experts, name, inputs_NH, expert_N, count_E)
     inner_NF = experts._apply_gate(inner_NF) if experts.has_gate else experts.act_fn(inner_NF)  # type: ignore[operator]
+    see("down_proj", inner_NF)
     outputs_NH = _grouped_linear(experts, "down_proj", inner_NF, expert_N, count_E)
     return experts.post_expert_norm(outputs_NH) if experts.has_post_expert_norm else outputs_NH  # type: ignore[operator]
 

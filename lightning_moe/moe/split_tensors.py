@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_split(tensor: Tensor) -> bool:
@@ -29,3 +29,10 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def put(values: Tensor, tensor: Tensor) -> None:
+    """Write ``values``, which every rank has as a whole, into a tensor that may be split."""
+    if isinstance(tensor, DTensor):  # no rank is asked for its values: all have the same
+        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    local(tensor).copy_(local(values))

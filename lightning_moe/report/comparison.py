@@ -41,6 +41,7 @@ COLUMNS = (
     "method_seconds",
     "experts",
     "parameters",
+    "nonzero_parameters",
     "bytes",
 )
 """Of the flat table; then one per domain, then those in ``LAST``."""

@@ -186,6 +186,17 @@ def expert_matrices(experts: nn.Module, expert: int, gradients: bool = False) ->
     return [fused[:half], fused[half:], down]
 
 
+def inner_activations(experts: nn.Module, expert: int, inputs_RH: Tensor) -> Tensor:
+    """What one expert's down matrix is given, ``(R, F)``: its formula written out, in the type of the inputs."""
+    gate, up, _ = (matrix.to(inputs_RH.dtype) for matrix in expert_matrices(experts, expert))
+    if "GptOss" not in type(experts).__name__:
+        return nn.functional.silu(nn.functional.linear(inputs_RH, gate)) * nn.functional.linear(inputs_RH, up)
+    bias = experts.gate_up_proj_bias[expert].detach().to(inputs_RH.dtype)  # type: ignore[index, union-attr]
+    gated = (inputs_RH @ gate + bias[0::2]).clamp(max=7.0)
+    linear = (inputs_RH @ up + bias[1::2]).clamp(-7.0, 7.0)
+    return gated * torch.sigmoid(1.702 * gated) * (linear + 1)
+
+
 def neuron_gradients(experts: nn.Module, expert: int) -> list[Tensor]:
     """The gradients of gate, up and down of one expert, a row for each hidden neuron. GPT-OSS has neurons in the
     columns of gate and up and the rows of down, all others the other way."""

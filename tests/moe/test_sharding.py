@@ -19,10 +19,12 @@ from lightning_moe.moe.decoding import decode
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.non_uniform import stacked_parameters
 from lightning_moe.moe.ranks import check_same, check_shared, gathered, on_all_ranks, rank
+from lightning_moe.moe.semi_structured import Pattern, zero_in_model
 from lightning_moe.moe.sharded_loading import load_sharded
 from lightning_moe.moe.sharding import Sharding
 from lightning_moe.moe.split_tensors import is_sharded, is_split, local
 from lightning_moe.moe.surgery import keep_experts
+from lightning_moe.stats.input_norms import InputSums
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.sharded import on_ranks, only_rank, same_weights, split_gradients, written
 
@@ -267,6 +269,28 @@ def one_speaks_for_all(folder: Path, sharding: Sharding) -> None:
         check_same("the text", rank())
 
 
+def same_zeros(folder: Path, sharding: Sharding) -> None:
+    """2:4 by norms that ranks sum up: split over the experts, or otherwise where their number does not divide."""
+    for name, experts in (("mixtral", 8), ("gpt_oss", 7)):
+        path = written(name, folder, f"{name}-{experts}", num_local_experts=experts)
+        alone, split = load_model(str(path), "float32"), load_sharded(str(path), sharding, "float32")
+        ids = tiny_batch(batch=torch.distributed.get_world_size())
+        summed, wanted = InputSums(split), InputSums(alone)
+        for sums, model, rows in ((summed, split, ids[rank()][None]), (wanted, alone, ids)):
+            sums.next_batch(rows)
+            with torch.no_grad(), sums.attached(model):
+                model(input_ids=rows)
+        norms = summed.norms()
+        for layer, stacks in norms.items():
+            for stack, norm_EI in stacks.items():
+                torch.testing.assert_close(norm_EI, wanted.sums()[f"{layer}:{stack}"].sqrt().float())
+        for pattern in (Pattern("random", 1), Pattern("wanda", norms=norms)):
+            assert zero_in_model(split, pattern) == zero_in_model(alone, pattern)
+            same_weights(split, alone)
+        ids = tiny_batch()
+        torch.testing.assert_close(split(input_ids=ids).logits, alone(input_ids=ids).logits)
+
+
 def test_on_two(tmp_path: Path) -> None:
     on_ranks(
         2,
@@ -279,6 +303,7 @@ def test_on_two(tmp_path: Path) -> None:
         formats,
         refusals,
         one_speaks_for_all,
+        same_zeros,
     )
 
 
@@ -289,14 +314,14 @@ def test_on_three(tmp_path: Path) -> None:
 
 @pytest.mark.scale
 def test_replicas(tmp_path: Path) -> None:
-    checks = (partial(family, "mixtral"), layers_of_unlike_size, learns_in_step, tied_embeddings)
+    checks = (partial(family, "mixtral"), layers_of_unlike_size, learns_in_step, tied_embeddings, same_zeros)
     on_ranks(4, tmp_path, *checks, replicas=2)
 
 
 @pytest.mark.slow
 def test_weights_in_the_memory_of_the_cpu(tmp_path: Path) -> None:
     checks = (partial(family, "qwen2_moe"), partial(in_half_precision, "ernie4_5_moe"), layers_of_unlike_size)
-    on_ranks(2, tmp_path, *checks, learns_in_step, offload=True)
+    on_ranks(2, tmp_path, *checks, learns_in_step, same_zeros, offload=True)
 
 
 def test_decoder_layers_are_all_of_them() -> None:
