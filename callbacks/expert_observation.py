@@ -7,12 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
-from lightning_moe.files import replaced_file
+from lightning_moe.callbacks.batch_saves import BatchSaves
 from lightning_moe.moe.layers import hugging_face_model
 from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.observation import Observation
@@ -39,29 +37,18 @@ class ExpertObservation(Callback):
         save_every: int = 25,
         stable_ranks: bool = True,
     ) -> None:
-        self.partial, self.resume, self.save_every = partial, resume, save_every
-        self.stable_ranks = stable_ranks
+        self.resume, self.stable_ranks = resume, stable_ranks
+        self._saves = BatchSaves(partial, "observation", save_every)
         self.layers: list[LayerStats] = []
         """One per MoE layer, in the order of depth, summed over ranks; filled when the loop ends."""
         self._context = ExitStack()
         self._observation: Observation | None = None
         self._done = self._summed = 0
 
-    def _files(self, rank: int) -> dict[int, Path]:
-        """The saves of a rank, by the number of batches summed."""
-        if self.partial is None:
-            return {}
-        return {int(file.stem.split("-")[2]): file for file in self.partial.glob(f"observation-{rank}-*.safetensors")}
-
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Ranks save on their own, so a kill may leave them apart: go on from the last batch that all have saved.
         # The strategy's collectives work from this hook on, and the loaders are made after it.
-        mine = sorted(self._files(trainer.global_rank))
-        saves: list[list[int]] = [mine] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(saves, mine)
-        self._summed = max(set.intersection(*(set(one) for one in saves)), default=0)
+        self._summed = self._saves.last(trainer)
         if self.resume is not None:
             self.resume(self._summed)
 
@@ -70,7 +57,7 @@ class ExpertObservation(Callback):
         observation = Observation(model).to(pl_module.device)
         self._done, self._summed = self._summed, 0
         if self._done:
-            observation.load_sums(load_file(self._files(trainer.global_rank)[self._done], str(pl_module.device)))
+            observation.load_sums(self._saves.load(trainer, self._done, pl_module.device))
         self._observation = observation
         self._context.enter_context(observation.attached(model))
 
@@ -82,14 +69,8 @@ class ExpertObservation(Callback):
 
     def _batch_done(self, trainer: Trainer) -> None:
         self._done += 1
-        if self.partial is not None and self._done % self.save_every == 0:
-            assert self._observation is not None
-            earlier = self._files(trainer.global_rank)
-            with replaced_file(self.partial / f"observation-{trainer.global_rank}-{self._done}.safetensors") as beside:
-                save_file(self._observation.sums(), beside)
-            # Two saves stay: another rank may be one behind.
-            for done in sorted(earlier)[:-1]:
-                earlier[done].unlink()
+        assert self._observation is not None
+        self._saves.save(trainer, self._done, self._observation.sums())
 
     def _end(self) -> None:
         self._context.close()

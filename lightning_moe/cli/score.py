@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lightning_moe.cli.request import (
     seed,
 )
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.text_pass import start_at, watch_text
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
@@ -141,21 +141,8 @@ def _observed(
 ) -> list[LayerStats]:
     """The statistics of one pass, which goes on from an earlier one's last save in ``partial``."""
 
-    def resume(batch: int) -> None:
-        data.start_batch = batch
-        if batch and trainer.is_global_zero:
-            print(f"Going on from batch {batch} of an earlier pass.")
-
-    observation = ExpertObservation(partial, resume, stable_ranks=stable_ranks)
-    trainer.callbacks.append(observation)  # type: ignore[attr-defined]
-    try:
-        trainer.predict(model, datamodule=data, return_predictions=False)
-    except (KeyboardInterrupt, SystemExit):
-        if any(partial.glob("*")) and trainer.is_global_zero:
-            print("Stopped; the same command goes on from the last save.", file=sys.stderr)
-        raise
-    finally:
-        trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
+    observation = ExpertObservation(partial, start_at(trainer, data), stable_ranks=stable_ranks)
+    watch_text(trainer, model, data, observation, partial)
     return observation.layers
 
 

@@ -173,7 +173,8 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
                 rounds.jsonl and figures/.
             method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean egs ege ego
                 egn reap reap-sum man msan seer trimming random); a search, diep or diep-PRESET as `search` has it, or
-                over sets of experts in each layer, naee or naee-progressive; or what merges experts (m-smoe s-smoe).
+                over sets of experts in each layer, naee or naee-progressive; the loss without each expert, scan; or
+                what merges experts (m-smoe s-smoe).
             ratio: Fraction of the experts to drop.
             scope: Drop the same number in each layer, or the lowest of all layers.
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.

@@ -94,8 +94,15 @@ def make_mesh(device_type: str, ranks: int, replicas: int = 1) -> DeviceMesh:
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The model's decoder layers by number: the list that holds the MoE blocks, dense layers too."""
+    """The model's decoder layers by number, dense layers too."""
+    return dict(enumerate(decoder_list(model)))
+
+
+def decoder_list(model: nn.Module) -> nn.ModuleList:
+    """The list that holds the MoE blocks: what stands in a place of it is run as that decoder layer."""
     name = find_moe_layers(model)[0].name
     place = re.match(r"(.*?)\.(\d+)(\.|$)", name)
     assert place is not None, f"{name} is in no list of layers"
-    return dict(enumerate(model.get_submodule(place[1]).children()))
+    layers = model.get_submodule(place[1])
+    assert isinstance(layers, nn.ModuleList), f"{place[1]} is no list"
+    return layers
