@@ -42,6 +42,7 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
         datamodule: TextDataModule,
         out: str,
         gradients: bool = False,
+        similarity_tokens: int = 0,
         overwrite: bool = False,
     ) -> None:
         """Observe the model on text once and score its experts by every criterion.
@@ -53,9 +54,11 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
                 experts work, how alike they are) with figures/findings.png, and summary.json.
             gradients: Score by gradients too (egs ege ego egn), which takes passes of forward and backward; as many as
                 --model.gradient_memory makes of it. Results that are there already get them added.
+            similarity_tokens: Compare all experts, of one layer and of two, by their outputs on so many tokens, such as
+                512 (CKA, as DiEP Fig. 1); 0 does not. Results that are there already get it added.
             overwrite: Replace the results of another request in that folder.
         """
-        show(out, score(self, model, datamodule, out, overwrite, gradients))
+        show(out, score(self, model, datamodule, out, overwrite, gradients, similarity_tokens))
 
     def search(
         self,

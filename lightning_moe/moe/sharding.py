@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
@@ -106,3 +107,19 @@ def decoder_list(model: nn.Module) -> nn.ModuleList:
     layers = model.get_submodule(place[1])
     assert isinstance(layers, nn.ModuleList), f"{place[1]} is no list"
     return layers
+
+
+@contextmanager
+def gathered_weights(layer: nn.Module) -> Iterator[None]:
+    """Have the weights of a decoder layer together inside the context, where it is split; all ranks must enter it.
+
+    The model must have run before.
+    """
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()

@@ -35,7 +35,7 @@ def jobs(checkpoint: Path, text: Path) -> dict[str, list[object]]:
     rounds = ["--methods", "[ean]", "--scopes", "[layer]", "--ratios", "[0.25,0.5]", "--seeds", 1]
     rounds += ["--strategies", "[one-shot,iterative,lottery]", "--finetune_tokens", 128, "--finetune_lr", 0.001]
     return {
-        "score": ["score", *data, "--gradients", "true", "--model.gradient_memory", 1e-5],
+        "score": ["score", *data, "--gradients", "true", "--model.gradient_memory", 1e-5] + ["--similarity_tokens", 24],
         "evaluate": ["evaluate", *data],
         "search": ["search", *full, "--updates", 4, "--optimizer", "sgd", "--lr", 1.0, "--score", "frequency"],
         "one-shot": ["prune", *data, "--method", "reap", "--ratio", 0.5, "--scope", "global"],
@@ -100,6 +100,14 @@ def test_score(folder: Path, job: str) -> None:
     one, two = read(folder / "one" / "score" / "score.json"), read(folder / "two" / job / "score.json")
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["request"] == two["request"]
+
+
+@pytest.mark.parametrize("job", ["score", "score-ddp"])
+def test_experts_of_different_layers_are_as_alike(folder: Path, job: str) -> None:
+    one, two = (read(folder / place / "findings.json")["inter_layer"] for place in ("one/score", f"two/{job}"))
+    assert one["tokens"] == two["tokens"] == 24
+    for left, right in zip(one["pairs"], two["pairs"], strict=True):
+        assert right == pytest.approx(left, abs=2e-4)
 
 
 def test_fit(folder: Path, checkpoint: Path) -> None:
