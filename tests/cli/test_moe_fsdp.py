@@ -37,6 +37,7 @@ def jobs(checkpoint: Path, text: Path) -> dict[str, list[object]]:
     return {
         "score": ["score", *data, "--gradients", "true", "--model.gradient_memory", 1e-5] + ["--similarity_tokens", 24],
         "evaluate": ["evaluate", *data],
+        "scan": ["scan", *data],
         "search": ["search", *full, "--updates", 4, "--optimizer", "sgd", "--lr", 1.0, "--score", "frequency"],
         "one-shot": ["prune", *data, "--method", "reap", "--ratio", 0.5, "--scope", "global"],
         "iterative": ["prune", *data, "--method", "reap", "--ratio", 0.5, "--scope", "global", "--rounds", 3],
@@ -75,7 +76,9 @@ def folder(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     two = [
         [*command, "--data.batch_size", SIZES["two"], "--out", folder / "two" / name] for name, command in asked.items()
     ]
-    two.append([*two[list(asked).index("score")][:-1], folder / "two" / "score-ddp", "--trainer.strategy", "ddp"])
+    for name in ("score", "scan"):
+        by_name = two[list(asked).index(name)]
+        two.append([*by_name[:-1], folder / "two" / f"{name}-ddp", "--trainer.strategy", "ddp"])
     fits = [[*fit_into(folder / ranks / "fit", checkpoint, text), "--data.batch_size", SIZES[ranks]] for ranks in SIZES]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PL_GLOBAL_SEED", raising=False)
@@ -108,6 +111,16 @@ def test_experts_of_different_layers_are_as_alike(folder: Path, job: str) -> Non
     assert one["tokens"] == two["tokens"] == 24
     for left, right in zip(one["pairs"], two["pairs"], strict=True):
         assert right == pytest.approx(left, abs=2e-4)
+
+
+@pytest.mark.parametrize("job", ["scan", "scan-ddp"])
+def test_scan(folder: Path, job: str) -> None:
+    """Where the model is split, a rank runs with others what none of its own windows asks for."""
+    one, two = (read(folder / place / "scan.json") for place in ("one/scan", f"two/{job}"))
+    assert two["tokens"] == one["tokens"] and (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
+    for left, right in zip(one["layers"].values(), two["layers"].values(), strict=True):
+        assert right["perplexity"] == pytest.approx(left["perplexity"], rel=1e-6)
 
 
 def test_fit(folder: Path, checkpoint: Path) -> None:

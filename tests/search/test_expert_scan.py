@@ -125,9 +125,9 @@ def test_a_layer_that_can_spare_none_is_left_out() -> None:
 def test_a_model_that_gives_router_logits_is_scanned_and_left_as_it_was() -> None:
     """Where their loss would be taken over layers that do not run."""
     model, batch = tiny_model("mixtral", output_router_logits=True), padded()
+    before = mean_loss(model, batch)
     modules = [(name, id(module), sorted(vars(module))) for name, module in model.named_modules()]
     hooks = [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in model.modules()]
-    before = mean_loss(model, batch)
     found = scanned(model, [batch])
     assert found.loss == pytest.approx(before, rel=1e-6)
     assert mean_loss(model, batch) == before and model.config.output_router_logits

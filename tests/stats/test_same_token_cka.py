@@ -116,6 +116,6 @@ def test_means_of_layers_leave_each_expert_itself_out(monkeypatch: pytest.Monkey
 
 def test_a_sample_that_memory_does_not_hold_is_refused() -> None:
     check_sample(512, 58 * 256)
-    for tokens, experts, most in ((3, 48, "9459"), (600, 58 * 256, "537")):
+    for tokens, experts, most in ((-1, 48, "9459"), (600, 58 * 256, "537")):
         with pytest.raises(InputError, match=f"--similarity_tokens {tokens}: between 4 and {most} for {experts}"):
             check_sample(tokens, experts)
