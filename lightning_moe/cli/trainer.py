@@ -55,7 +55,8 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
             gradients: Score by gradients too (egs ege ego egn), which takes passes of forward and backward; as many as
                 --model.gradient_memory makes of it. Results that are there already get them added.
             similarity_tokens: Compare all experts, of one layer and of two, by their outputs on so many tokens, such as
-                512 (CKA, as DiEP Fig. 1); 0 does not. Results that are there already get it added.
+                512 (CKA, as DiEP Fig. 1), in findings.json and figures/inter_layer.png; 0 does not. Results that are
+                there already get it added.
             overwrite: Replace the results of another request in that folder.
         """
         show(out, score(self, model, datamodule, out, overwrite, gradients, similarity_tokens))
