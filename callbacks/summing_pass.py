@@ -10,12 +10,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_moe.files import replaced_file
+from lightning_moe.callbacks.batch_saves import BatchSaves
 from lightning_moe.moe.layers import hugging_face_model
 
 
@@ -52,7 +51,8 @@ class SummingPass(Callback, Generic[SumsT]):
     def __init__(
         self, partial: Path | None = None, resume: Callable[[int], None] | None = None, save_every: int = 25
     ) -> None:
-        self.partial, self.resume, self.save_every = partial, resume, save_every
+        self.partial, self.resume = partial, resume
+        self._saves = BatchSaves(partial, "sums", save_every)
         self._context = ExitStack()
         self._running: SumsT | None = None
         self._done = self._summed = 0
@@ -65,21 +65,10 @@ class SummingPass(Callback, Generic[SumsT]):
     def _ended(self, running: SumsT) -> None:
         """Take what was summed; all ranks do so at once."""
 
-    def _files(self, rank: int) -> dict[int, Path]:
-        """The saves of a rank, by the number of batches summed."""
-        if self.partial is None:
-            return {}
-        return {int(file.stem.split("-")[2]): file for file in self.partial.glob(f"observation-{rank}-*.safetensors")}
-
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Ranks save on their own, so a kill may leave them apart: go on from the last batch that all have saved.
         # The strategy's collectives work from this hook on, and the loaders are made after it.
-        mine = sorted(self._files(trainer.global_rank))
-        saves: list[list[int]] = [mine] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(saves, mine)
-        self._summed = max(set.intersection(*(set(one) for one in saves)), default=0)
+        self._summed = self._saves.last(trainer)
         if self.resume is not None:
             self.resume(self._summed)
 
@@ -89,7 +78,7 @@ class SummingPass(Callback, Generic[SumsT]):
         running.to(pl_module.device)
         self._done, self._summed = self._summed, 0
         if self._done:
-            running.load_sums(load_file(self._files(trainer.global_rank)[self._done], str(pl_module.device)))
+            running.load_sums(self._saves.load(trainer, self._done, pl_module.device))
         self._running = running
         self._context.enter_context(running.attached(model))
 
@@ -101,14 +90,8 @@ class SummingPass(Callback, Generic[SumsT]):
 
     def _batch_done(self, trainer: Trainer) -> None:
         self._done += 1
-        if self.partial is not None and self._done % self.save_every == 0:
-            assert self._running is not None
-            earlier = self._files(trainer.global_rank)
-            with replaced_file(self.partial / f"observation-{trainer.global_rank}-{self._done}.safetensors") as beside:
-                save_file(self._running.sums(), beside)
-            # Two saves stay: another rank may be one behind.
-            for done in sorted(earlier)[:-1]:
-                earlier[done].unlink()
+        assert self._running is not None
+        self._saves.save(trainer, self._done, self._running.sums())
 
     def _end(self) -> None:
         self._context.close()

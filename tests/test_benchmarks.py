@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import diep_step, finetune, fsdp, gates, gradient_criteria, naee, observe, prune_save, skipping
+from benchmarks import diep_step, finetune, fsdp, gates, gradient_criteria, naee, observe, prune_save, scan, skipping
 from benchmarks.ratios import median_ratio
 
 LONG = [
@@ -16,7 +16,7 @@ LONG = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [gates, naee, prune_save, *LONG])
+@pytest.mark.parametrize("benchmark", [gates, naee, scan, prune_save, *LONG])
 def test_prints_name_ratio_and_goal(benchmark: object, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(repeats=1)  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lightning_moe.pruning.round_record import MOMENTS, RoundRecord
 
-NOT_SHOWN = ("version", "command", "repeated", "versions", "request", "methods", "models", "load")
+NOT_SHOWN = ("version", "command", "repeated", "versions", "request", "methods", "models", "load", "layers")
 
 
 def show(out: str, results: Mapping[str, Any] | None) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from pathlib import Path
 
 from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
@@ -14,6 +12,7 @@ from typing_extensions import override
 from lightning_moe.callbacks.summing_pass import SummingPass
 from lightning_moe.cli.request import refuse_less_text
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.text_pass import start_at, watch_text
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -57,30 +56,12 @@ def input_norms(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run:
     check_shared(partial)
     check_vocabulary(model, data)
     started = time.perf_counter()
-    norms = _observed(trainer, model, data, partial)
+    observation = InputObservation(partial, start_at(trainer, data))
+    watch_text(trainer, model, data, observation, partial)
     seconds = round(time.perf_counter() - started, 3)
-    found = StoredNorms(identity, data.text.fingerprint, precision, norms, seconds)
+    found = StoredNorms(identity, data.text.fingerprint, precision, observation.norms, seconds)
     if trainer.is_global_zero:
         found.save(file)
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()
     return found
-
-
-def _observed(trainer: Trainer, model: MoECausalLM, data: TextDataModule, partial: Path) -> InputNorms:
-    def resume(batch: int) -> None:
-        data.start_batch = batch
-        if batch and trainer.is_global_zero:
-            print(f"Going on from batch {batch} of an earlier pass.")
-
-    observation = InputObservation(partial, resume)
-    trainer.callbacks.append(observation)  # type: ignore[attr-defined]
-    try:
-        trainer.predict(model, datamodule=data, return_predictions=False)
-    except (KeyboardInterrupt, SystemExit):
-        if any(partial.glob("*")) and trainer.is_global_zero:
-            print("Stopped; the same command goes on from the last save.", file=sys.stderr)
-        raise
-    finally:
-        trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
-    return observation.norms

@@ -27,7 +27,7 @@ from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 
-COMMANDS = ("score", "search", "prune", "evaluate", "compare", "agreement", "plan", "demo")
+COMMANDS = ("score", "scan", "search", "prune", "evaluate", "compare", "agreement", "plan", "demo")
 """Our commands; each is a method of ``MoETrainer``."""
 
 

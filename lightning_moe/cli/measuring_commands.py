@@ -16,6 +16,7 @@ from lightning_moe.cli.grid import make_grid
 from lightning_moe.cli.recovery import NEXT_TOKEN, Recovery
 from lightning_moe.cli.request import seed
 from lightning_moe.cli.round_options import RoundOptions
+from lightning_moe.cli.scan import scan, show_extremes
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.pruning.schedule import Spacing
@@ -46,6 +47,23 @@ class MeasuringCommands(Trainer):
             overwrite: Replace the results of another request in that folder.
         """
         show(out, evaluate(self, model, datamodule, out, overwrite, skipping, stats))
+
+    def scan(self, model: MoECausalLM, datamodule: TextDataModule, out: str, overwrite: bool = False) -> None:
+        """Measure the perplexity of the model without one expert, for each of its experts.
+
+        The router chooses among the others, as in a model that was pruned by that expert alone. What `evaluate` would
+        give for each is computed together: less than L E passes over the text, but many; take few windows.
+
+        Args:
+            model: The model.
+            datamodule: The text.
+            out: Run folder; gets scan.json (perplexity and its change, layer by layer), scores.json (the rise of the
+                loss, for `prune --scores`), figures/scan.png and summary.json.
+            overwrite: Replace the results of another request in that folder.
+        """
+        results = scan(self, model, datamodule, out, overwrite)
+        show_extremes(results)
+        show(out, results)
 
     def compare(
         self,

@@ -12,6 +12,7 @@ from typing import Literal
 
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.naee import describe_search, drops_of, naee_sets
+from lightning_moe.cli.scan import METHOD, scan_experts, scan_scores
 from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
 from lightning_moe.criteria import Criterion, criteria
 from lightning_moe.errors import InputError, did_you_mean
@@ -228,6 +229,14 @@ def _weight_methods() -> list[Method]:
     ]
 
 
+def _of_scan() -> Method:
+    def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
+        found = scan_experts(job.trainer, job.model, job.data, folder)
+        return scan_scores(found, job.identity, job.data.text.fingerprint)
+
+    return Method(METHOD, "How much the loss rises without the expert: a forward for each.", scores, needs_text=True)
+
+
 def methods() -> list[Method]:
     """All methods: criteria, what merges, drops layers or prunes weights, the searches, and those of plugins."""
     return [
@@ -238,6 +247,7 @@ def methods() -> list[Method]:
         *(_of_preset(name) for name in PRESETS),
         _of_naee("naee", False),
         _of_naee("naee-progressive", True),
+        _of_scan(),
         *_REGISTERED,
     ]
 

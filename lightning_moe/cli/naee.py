@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_moe.cli.request import refuse_less_text
+from lightning_moe.cli.text_pass import watch_text
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
@@ -59,11 +60,7 @@ def naee_sets(
     left = [shape for shape in shapes if drops[shape.name] and shape.name not in search.chosen]
     for names in _passes(left, windows * seq_len, progressive):
         search.names = names
-        trainer.callbacks.append(search)  # type: ignore[attr-defined]
-        try:
-            trainer.predict(model, datamodule=data, return_predictions=False)
-        finally:
-            trainer.callbacks.remove(search)  # type: ignore[attr-defined]
+        watch_text(trainer, model, data, search)
     return search.chosen
 
 

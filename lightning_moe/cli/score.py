@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from lightning_moe.cli.request import (
     seed,
 )
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.similarity_pass import same_token_cka
+from lightning_moe.cli.text_pass import start_at, watch_text
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
@@ -31,38 +32,56 @@ from lightning_moe.moe.checkpoints import layer_shapes, same_model
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.ranks import check_shared
 from lightning_moe.pruning.scores import score_by_all, write_scores
-from lightning_moe.report.findings import findings
-from lightning_moe.report.findings_figure import findings_figure
+from lightning_moe.report.findings import findings, inter_layer
+from lightning_moe.report.findings_figure import findings_figure, inter_layer_figure
 from lightning_moe.stats.layer_stats import LayerStats
+from lightning_moe.stats.same_token_cka import check_sample
 from lightning_moe.stats.store import VERSION, ModelStats, load_stats
 
 
 def score(
-    trainer: Trainer, model: MoECausalLM, data: TextDataModule, out: str, overwrite: bool, gradients: bool = False
+    trainer: Trainer,
+    model: MoECausalLM,
+    data: TextDataModule,
+    out: str,
+    overwrite: bool,
+    gradients: bool = False,
+    similarity_tokens: int = 0,
 ) -> dict[str, Any] | None:
-    """Write stats.safetensors, scores.json and findings.json, with its figure.
+    """Write stats.safetensors, scores.json and findings.json, with its figures.
 
-    ``gradients`` adds those criteria, to results that are there too: they change no other figure, so the request is
-    the same.
+    ``gradients`` adds those criteria, ``similarity_tokens`` the CKA between experts of two layers, to results that are
+    there too: they change no other figure, so the request is the same.
     """
     path = model_path(model)
-    layer_shapes(path)
+    shapes = layer_shapes(path)
+    if similarity_tokens:
+        check_sample(similarity_tokens, sum(shape.num_experts for shape in shapes))
     run = RunFolder(out, "score", asked_model(trainer, model) | asked_data(data) | {"seed": seed()}, overwrite)
     asked, stored = run.request, run.folder / "stats.safetensors"
     if run.finished:
         found = _stored(stored, asked["model_id"], asked["precision"], run.finished["data_fingerprint"])
         wanted = {criterion.name for criterion in criteria() if criterion.gradients and gradients}
-        if found is not None and wanted <= set(run.finished["methods"]):
+        before = run.finished.get("similarity_tokens", 0)
+        similarity_tokens = similarity_tokens or before
+        if found is not None and wanted <= set(run.finished["methods"]) and similarity_tokens == before:
             return run.finished
     stats = observe(trainer, model, data, run, gradients, anew=overwrite)
+    cka_AA, num_tokens = None, 0
+    if similarity_tokens:
+        cka_AA, num_tokens = same_token_cka(trainer, model, data, similarity_tokens)
     if not trainer.is_global_zero:
         return None
     run.begin()
     methods = score_by_all(stats, seed())
     write_scores(run.folder / "scores.json", methods)
-    said = findings(stats, methods)
-    write_json(run.folder / "findings.json", said)
+    said, drawn = findings(stats, methods), run.folder / "figures" / "inter_layer.png"
     save_figure(run.folder / "figures" / "findings.png", findings_figure(said))
+    drawn.unlink(missing_ok=True)  # of a run that this one replaces
+    if cka_AA is not None:
+        said["inter_layer"] = inter_layer(cka_AA, shapes, num_tokens)
+        save_figure(drawn, inter_layer_figure(said["inter_layer"], cka_AA))
+    write_json(run.folder / "findings.json", said)
     return run.finish(
         {
             "model_id": stats.model_id,
@@ -70,6 +89,7 @@ def score(
             "tokens": int(stats.layers[0].tokens),
             "experts": sum(layer.shape.num_experts for layer in stats.layers),
             "methods": [one.method for one in methods],
+            **({"similarity_tokens": similarity_tokens} if similarity_tokens else {}),
             **checkpoint_size(path),
             "world_size": trainer.world_size,
         }
@@ -141,21 +161,8 @@ def _observed(
 ) -> list[LayerStats]:
     """The statistics of one pass, which goes on from an earlier one's last save in ``partial``."""
 
-    def resume(batch: int) -> None:
-        data.start_batch = batch
-        if batch and trainer.is_global_zero:
-            print(f"Going on from batch {batch} of an earlier pass.")
-
-    observation = ExpertObservation(partial, resume, stable_ranks=stable_ranks)
-    trainer.callbacks.append(observation)  # type: ignore[attr-defined]
-    try:
-        trainer.predict(model, datamodule=data, return_predictions=False)
-    except (KeyboardInterrupt, SystemExit):
-        if any(partial.glob("*")) and trainer.is_global_zero:
-            print("Stopped; the same command goes on from the last save.", file=sys.stderr)
-        raise
-    finally:
-        trainer.callbacks.remove(observation)  # type: ignore[attr-defined]
+    observation = ExpertObservation(partial, start_at(trainer, data), stable_ranks=stable_ranks)
+    watch_text(trainer, model, data, observation, partial)
     return observation.layers
 
 

@@ -42,6 +42,7 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
         datamodule: TextDataModule,
         out: str,
         gradients: bool = False,
+        similarity_tokens: int = 0,
         overwrite: bool = False,
     ) -> None:
         """Observe the model on text once and score its experts by every criterion.
@@ -53,9 +54,12 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
                 experts work, how alike they are) with figures/findings.png, and summary.json.
             gradients: Score by gradients too (egs ege ego egn), which takes passes of forward and backward; as many as
                 --model.gradient_memory makes of it. Results that are there already get them added.
+            similarity_tokens: Compare all experts, of one layer and of two, by their outputs on so many tokens, such as
+                512 (CKA, as DiEP Fig. 1), in findings.json and figures/inter_layer.png; 0 does not. Results that are
+                there already get it added.
             overwrite: Replace the results of another request in that folder.
         """
-        show(out, score(self, model, datamodule, out, overwrite, gradients))
+        show(out, score(self, model, datamodule, out, overwrite, gradients, similarity_tokens))
 
     def search(
         self,
@@ -173,10 +177,10 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
                 rounds.jsonl and figures/.
             method: What scores the experts: a criterion (ews rwn wsr ewn euf ecc evc ets eas eae eao ean egs ege ego
                 egn reap reap-sum man msan seer trimming random); a search, diep or diep-PRESET as `search` has it, or
-                over sets of experts in each layer, naee or naee-progressive; what merges experts (m-smoe s-smoe); or
-                what drops whole layers, with --scope global: layer-drop MoE blocks, block-drop decoder layers; or what
-                drops nothing and sets two of every four weights of each expert to zero (2:4-random 2:4-magnitude
-                2:4-wanda), always half of them.
+                over sets of experts in each layer, naee or naee-progressive; the loss without each expert, scan; what
+                merges experts (m-smoe s-smoe); what drops whole layers, with --scope global: layer-drop MoE blocks,
+                block-drop decoder layers; or what drops nothing and sets two of every four weights of each expert to
+                zero (2:4-random 2:4-magnitude 2:4-wanda), always half of them.
             ratio: Fraction of the experts to drop.
             scope: Drop the same number in each layer, or the lowest of all layers.
             direction: Drop the experts with the least or the most of the criterion; default as its paper has it.

@@ -86,6 +86,10 @@ class TextDataModule(LightningDataModule):
             self.samples if self.val_samples is None else self.val_samples,
         )
 
+    def fewer(self, windows: int) -> TextDataModule:
+        """A module of its own with at most so many windows, spread over the same text."""
+        return self._alone(self.path, min(windows, len(self.text)))
+
     def calibration(self, shuffle_seed: int) -> TextDataModule:
         """A module of its own to train on the calibration windows: those that ``predict`` reads, not everything."""
         return self._alone(self.path, self.samples or DEFAULT_SAMPLES, shuffle_seed)

@@ -181,9 +181,9 @@ class MoECausalLM(LightningModule):
         for index, (loss, count) in sums.items():
             if count == 0:
                 continue  # no window of this domain was sampled
-            self.log(f"{prefix}/perplexity/{domains[index]}", _perplexity(loss, count), rank_zero_only=True)
+            self.log(f"{prefix}/perplexity/{domains[index]}", perplexity_of(loss, count), rank_zero_only=True)
         self.log(f"{prefix}/loss", total / max(tokens, 1), rank_zero_only=True)
-        self.log(f"{prefix}/perplexity", _perplexity(total, tokens), prog_bar=True, rank_zero_only=True)
+        self.log(f"{prefix}/perplexity", perplexity_of(total, tokens), prog_bar=True, rank_zero_only=True)
         self.log(f"{prefix}/tokens", float(tokens), rank_zero_only=True)
 
     def on_test_epoch_end(self) -> None:
@@ -265,5 +265,6 @@ def _float64_sum(device: torch.device) -> SumMetric:
     return metric
 
 
-def _perplexity(loss: float, tokens: float) -> float:
+def perplexity_of(loss: float, tokens: float = 1) -> float:
+    """Of a loss summed over so many tokens; not a number where there are none."""
     return math.exp(min(loss / tokens, 700.0)) if tokens else float("nan")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_moe.moe.decoder_layers import decoder_list
 from lightning_moe.moe.live_bytes import LiveBytes
+from lightning_moe.moe.stand_ins import StandIn, as_given, standing_in, tuple_size
 
 
 @dataclass(frozen=True)
@@ -140,20 +141,13 @@ class _Watch:
         self.passes.append(_Pass())
 
 
-class _Watched(nn.Module):
+class _Watched(StandIn):
     """A decoder layer that is run, or one that hands on what it is given."""
 
     def __init__(self, layer: nn.Module, number: int, last: bool, run: bool, watch: _Watch) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer)
         vars(self)["watch"] = watch
         self.number, self.last, self.run = number, last, run
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
@@ -161,11 +155,11 @@ class _Watched(nn.Module):
             watch.begin_pass()
         watch.mark(("forward", self.number) if self.run else "between")
         if not self.run:
-            result: Any = hidden if watch.tuple_size is None else (hidden, *(None,) * (watch.tuple_size - 1))
+            result = as_given(hidden, watch.tuple_size)
         else:
             hidden = _Boundary.apply(hidden, self._leave)  # type: ignore[no-untyped-call]
             result = self.layer(hidden, *args, **kwargs)
-            watch.tuple_size = len(result) if isinstance(result, tuple) else None
+            watch.tuple_size = tuple_size(result)
             output = result[0] if isinstance(result, tuple) else result
             output = _Boundary.apply(output, self._enter)  # type: ignore[no-untyped-call]
             result = (output, *result[1:]) if isinstance(result, tuple) else output
@@ -205,11 +199,7 @@ class _Boundary(torch.autograd.Function):
 
 @contextmanager
 def _watched(layers: nn.ModuleList, samples: set[int]) -> Iterator[_Watch]:
-    watch, stock = _Watch(), list(layers)
-    for number, layer in enumerate(stock):
-        layers[number] = _Watched(layer, number, number == len(stock) - 1, number in samples, watch)
-    try:
+    watch, last = _Watch(), len(layers) - 1
+    watched = {n: _Watched(layer, n, n == last, n in samples, watch) for n, layer in enumerate(layers)}
+    with standing_in(layers, watched):
         yield watch
-    finally:
-        for number, layer in enumerate(stock):
-            layers[number] = layer

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
@@ -91,3 +92,19 @@ def make_mesh(device_type: str, ranks: int, replicas: int = 1) -> DeviceMesh:
     if replicas == 1:
         return init_device_mesh(device_type, (ranks,), mesh_dim_names=("ranks",))
     return init_device_mesh(device_type, (replicas, ranks // replicas), mesh_dim_names=("replicas", "ranks"))
+
+
+@contextmanager
+def gathered_weights(layer: nn.Module) -> Iterator[None]:
+    """Have the weights of a decoder layer together inside the context, where it is split; all ranks must enter it.
+
+    The model must have run before.
+    """
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()

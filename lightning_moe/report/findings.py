@@ -1,6 +1,6 @@
 """What a pass says of the experts themselves: which criteria agree, how often experts work, how alike they are."""
 
-# E experts, C criteria
+# E experts of a layer, A experts of all layers, L layers, C criteria
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import rankdata
+from torch import Tensor
 
+from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.scores import ExpertScores
 from lightning_moe.stats.similarity import measured_pairs, similarity
 from lightning_moe.stats.store import ModelStats
+
+MOST_EXPERTS = 256
+"""Of all layers, of which every pair is written: more would be megabytes of text."""
 
 
 def findings(stats: ModelStats, scores: Sequence[ExpertScores]) -> dict[str, Any]:
@@ -38,6 +44,32 @@ def findings(stats: ModelStats, scores: Sequence[ExpertScores]) -> dict[str, Any
             ],
         }
     return {"rank_correlation": rank_correlations(scores), "frequency": shares, "similarity": alike}
+
+
+def inter_layer(cka_AA: Tensor, shapes: Sequence[LayerShape], num_tokens: int) -> dict[str, Any]:
+    """How alike experts of one layer are, and those of two, by CKA on the same tokens (DiEP, Fig. 1), in plain values.
+
+    ``layers`` is the mean over the pairs of experts of each two layers, ``within`` and ``between`` the means over all
+    layers and all pairs of layers, ``pairs`` the matrix itself where there are no more than ``MOST_EXPERTS``. No expert
+    is compared with itself; null where nothing is known.
+    """
+    counts = [shape.num_experts for shape in shapes]
+    others_AA = cka_AA.clone().fill_diagonal_(torch.nan)  # each expert is like itself
+    blocks = [list(row.split(counts, dim=1)) for row in others_AA.split(counts)]
+    means_LL = torch.tensor([[float(block.nanmean()) for block in row] for row in blocks])
+    apart_LL = ~torch.eye(len(counts), dtype=torch.bool)
+    few = len(cka_AA) <= MOST_EXPERTS
+    return {
+        "tokens": num_tokens,
+        "within": _plain(means_LL.diagonal().nanmean()),
+        "between": _plain(means_LL[apart_LL].nanmean()),
+        "layers": {shape.name: [_plain(one) for one in row] for shape, row in zip(shapes, means_LL, strict=True)},
+        "pairs": [[_plain(one) for one in row] for row in cka_AA] if few else None,
+    }
+
+
+def _plain(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else round(float(value), 4)
 
 
 def rank_correlations(scores: Sequence[ExpertScores]) -> dict[str, dict[str, float | None]]:

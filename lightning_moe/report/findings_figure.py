@@ -1,5 +1,7 @@
 """The side findings drawn: criteria against criteria, how often experts work, how alike they are."""
 
+# A experts of all layers
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 MOST_LAYERS = 8
 """Layers whose experts are drawn against each other, spread over the depth."""
@@ -35,6 +38,18 @@ def findings_figure(found: Mapping[str, Any]) -> Figure:
     for axes, place in zip(np.atleast_1d(lower.subplots(1, len(places))), places, strict=True):
         pairs = [[_number(value) for value in row] for row in found["similarity"][names[place]]["pairs"]]
         _drawn(axes, pairs, f"layer {place}", "viridis", 0, 1)
+    return figure
+
+
+def inter_layer_figure(found: Mapping[str, Any], cka_AA: Tensor) -> Figure:
+    """Of what ``inter_layer`` gives, and of what it was given: each two layers, and every two experts."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    means = [[_number(value) for value in row] for row in found["layers"].values()]
+    _drawn(left, means, "CKA between the outputs of experts of two layers, mean over pairs", "viridis", 0, None)
+    left.set(xlabel="MoE layer", ylabel="MoE layer")
+    title = f"CKA of every two experts, layer after layer, on {found['tokens']} tokens"
+    _drawn(right, cka_AA.numpy(), title, "viridis", 0, 1)
     return figure
 
 

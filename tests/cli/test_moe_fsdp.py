@@ -38,8 +38,9 @@ def jobs(checkpoint: Path, text: Path) -> dict[str, list[object]]:
     rounds = ["--methods", "[ean]", "--scopes", "[layer]", "--ratios", "[0.25,0.5]", "--seeds", 1]
     rounds += ["--strategies", "[one-shot,iterative,lottery]", "--finetune_tokens", 128, "--finetune_lr", 0.001]
     return {
-        "score": ["score", *data, "--gradients", "true", "--model.gradient_memory", 1e-5],
+        "score": ["score", *data, "--gradients", "true", "--model.gradient_memory", 1e-5] + ["--similarity_tokens", 24],
         "evaluate": ["evaluate", *data],
+        "scan": ["scan", *data],
         "search": ["search", *full, "--updates", 4, "--optimizer", "sgd", "--lr", 1.0, "--score", "frequency"],
         "one-shot": ["prune", *data, "--method", "reap", "--ratio", 0.5, "--scope", "global"],
         "iterative": ["prune", *data, "--method", "reap", "--ratio", 0.5, "--scope", "global", "--rounds", 3],
@@ -79,7 +80,9 @@ def carry_out(checkpoint: Path, text: Path, folder: Path) -> None:
     two = [
         [*command, "--data.batch_size", SIZES["two"], "--out", folder / "two" / name] for name, command in asked.items()
     ]
-    two.append([*two[list(asked).index("score")][:-1], folder / "two" / "score-ddp", "--trainer.strategy", "ddp"])
+    for name in ("score", "scan"):
+        by_name = two[list(asked).index(name)]
+        two.append([*by_name[:-1], folder / "two" / f"{name}-ddp", "--trainer.strategy", "ddp"])
     fits = [[*fit_into(folder / ranks / "fit", checkpoint, text), "--data.batch_size", SIZES[ranks]] for ranks in SIZES]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PL_GLOBAL_SEED", raising=False)
@@ -103,6 +106,24 @@ def test_score(folder: Path, job: str) -> None:
     one, two = read(folder / "one" / "score" / "score.json"), read(folder / "two" / job / "score.json")
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["request"] == two["request"]
+
+
+@pytest.mark.parametrize("job", ["score", "score-ddp"])
+def test_experts_of_different_layers_are_as_alike(folder: Path, job: str) -> None:
+    one, two = (read(folder / place / "findings.json")["inter_layer"] for place in ("one/score", f"two/{job}"))
+    assert one["tokens"] == two["tokens"] == 24
+    for left, right in zip(one["pairs"], two["pairs"], strict=True):
+        assert right == pytest.approx(left, abs=2e-4)
+
+
+@pytest.mark.parametrize("job", ["scan", "scan-ddp"])
+def test_scan(folder: Path, job: str) -> None:
+    """Where the model is split, a rank runs with others what none of its own windows asks for."""
+    one, two = (read(folder / place / "scan.json") for place in ("one/scan", f"two/{job}"))
+    assert two["tokens"] == one["tokens"] and (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
+    for left, right in zip(one["layers"].values(), two["layers"].values(), strict=True):
+        assert right["perplexity"] == pytest.approx(left["perplexity"], rel=1e-6)
 
 
 def test_fit(folder: Path, checkpoint: Path) -> None:
