@@ -98,8 +98,8 @@ def make_grid(
 ) -> list[Cell]:
     """Every method, with its seeds, by every strategy, at every ratio and scope; each once.
 
-    Strategies that tune bring a control: the full model, tuned as the lottery is. Raises ``InputError`` for unknown
-    names.
+    A method may name its scope, as in ``diep@global``, and then has that one alone. Strategies that tune bring a
+    control: the full model, tuned as the lottery is. Raises ``InputError`` for unknown names.
     """
     for option, values in (("methods", methods), ("ratios", ratios), ("scopes", scopes), ("strategies", strategies)):
         if not values:
@@ -111,8 +111,9 @@ def make_grid(
             raise InputError(
                 f"--ratios {ratio}: the fraction of experts to drop must lie between 0 and 1, both excluded."
             )
-    chosen = [_named(name) for name in dict.fromkeys(methods)]
+    chosen = [_named(name) for name in methods]
     known = [_scope(name) for name in dict.fromkeys(scopes)]
+    scopes_of = [_own_scopes(name, known) for name in methods]
     ratios = list(dict.fromkeys(ratios))
     options = options or RoundOptions()
     chosen_strategies = list(dict.fromkeys(map(_strategy, strategies)))
@@ -120,7 +121,7 @@ def make_grid(
         raise InputError(f"--finetune_tokens {options.tokens}: none of --strategies {list(strategies)} tunes.")
     if options.rounds != 1 and chosen_strategies == ["one-shot"]:
         raise InputError(f"--rounds {options.rounds}: --strategies {list(strategies)} has but one cut.")
-    merging = [method.name for method in chosen if method.merge is not None]
+    merging = list(dict.fromkeys(method.name for method in chosen if method.merge is not None))
     if merging and chosen_strategies != ["one-shot"]:
         raise InputError(
             f"--methods: {' and '.join(merging)} merge experts, which is done in one cut: compare them by --strategies "
@@ -130,11 +131,11 @@ def make_grid(
     all_seeds = list(range(first_seed, first_seed + seeds))
     cells = [
         Cell(method, scope, ratio, seed, strategy, plan[ratio], _recipe(plan[ratio], options))
-        for method in chosen
+        for method, own in zip(chosen, scopes_of, strict=True)
         for strategy, plan in plans.items()
         for seed in (all_seeds if method.seeded or _tunes(strategy) else [None])
         for ratio in ratios
-        for scope in known
+        for scope in own
     ]
     if any(_tunes(strategy) for strategy in plans):
         plan = _schedules("lottery", ratios, options)
@@ -143,7 +144,7 @@ def make_grid(
             for seed in all_seeds
             for ratio in ratios
         ]
-    return cells
+    return list({cell.file_name: cell for cell in cells}.values())
 
 
 def _tunes(strategy: str) -> bool:
@@ -198,13 +199,18 @@ def _strategy(name: str) -> Strategy:
 
 def _named(name: str) -> Method:
     try:
-        return get_method(name)
+        return get_method(name.partition("@")[0])
     except InputError as error:
         raise InputError(f"--methods: {error}") from error
 
 
-def _scope(name: str) -> Scope:
+def _own_scopes(name: str, scopes: Sequence[Scope]) -> Sequence[Scope]:
+    _, at, scope = name.partition("@")
+    return [_scope(scope, f"--methods {name}")] if at else scopes
+
+
+def _scope(name: str, option: str = "--scopes") -> Scope:
     scopes = get_args(Scope)
     if name not in scopes:
-        raise InputError(f"--scopes: Unknown scope '{name}'.{did_you_mean(name, scopes)} Known: {', '.join(scopes)}.")
+        raise InputError(f"{option}: Unknown scope '{name}'.{did_you_mean(name, scopes)} Known: {', '.join(scopes)}.")
     return cast(Scope, name)
