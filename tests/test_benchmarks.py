@@ -6,12 +6,23 @@ import re
 
 import pytest
 
-from benchmarks import diep_step, finetune, fsdp, gates, gradient_criteria, naee, observe, prune_save, skipping
+from benchmarks import (
+    compare_shared,
+    diep_step,
+    finetune,
+    fsdp,
+    gates,
+    gradient_criteria,
+    naee,
+    observe,
+    prune_save,
+    skipping,
+)
 from benchmarks.ratios import median_ratio
 
 LONG = [
     pytest.param(benchmark, marks=pytest.mark.scale)
-    for benchmark in (observe, diep_step, skipping, finetune, gradient_criteria, fsdp)
+    for benchmark in (observe, compare_shared, diep_step, skipping, finetune, gradient_criteria, fsdp)
 ]
 
 
