@@ -1,6 +1,30 @@
 """All benchmarks: ``make bench``. Nothing else should run meanwhile."""
 
-from benchmarks import diep_step, finetune, fsdp, gates, gradient_criteria, naee, observe, prune_save, scan, skipping
+from benchmarks import (
+    compare_shared,
+    diep_step,
+    finetune,
+    fsdp,
+    gates,
+    gradient_criteria,
+    naee,
+    observe,
+    prune_save,
+    scan,
+    skipping,
+)
 
-for benchmark in (observe, gates, diep_step, skipping, naee, scan, prune_save, finetune, gradient_criteria, fsdp):
+for benchmark in (
+    observe,
+    compare_shared,
+    gates,
+    diep_step,
+    skipping,
+    naee,
+    scan,
+    prune_save,
+    finetune,
+    gradient_criteria,
+    fsdp,
+):
     benchmark.main()

@@ -1,4 +1,4 @@
-"""RouterRebalance: keep the experts' load even while any model is trained."""
+"""RouterRebalance: keep the experts' load even, or make routers surer, while any model is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_moe.callbacks.batches import batch_mask
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import MoELayer, find_moe_layers, hugging_face_model, hugging_face_models
-from lightning_moe.moe.router_losses import attach_loss, load_balance_loss, router_z_loss
+from lightning_moe.moe.router_losses import attach_loss, gate_entropy_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, rewrite_weights
 from lightning_moe.stats.usage import RouterCounts
 
@@ -40,17 +40,26 @@ class RouterRebalance(Callback):
             takes 0.001. Such a layer then has no load-balance loss. 0 leaves the biases alone.
         train: What learns: everything that did; the routers alone; or these and the norms. What learns of a model in
             16 bits is held in float32 during the fit, since small steps vanish in 16; with ``bf16-mixed`` precision.
+        entropy: Weight of the gate's entropy over its largest, a mean over tokens and layers, which makes routers
+            sure of fewer experts (SEER-MoE). It pulls against ``load_balance``: with it give that as 0.
     """
 
     def __init__(
-        self, load_balance: float = 0.01, z_loss: float = 0.0, bias_step: float = 0.0, train: Trained = "all"
+        self,
+        load_balance: float = 0.01,
+        z_loss: float = 0.0,
+        bias_step: float = 0.0,
+        train: Trained = "all",
+        entropy: float = 0.0,
     ) -> None:
-        for name, value in (("load_balance", load_balance), ("z_loss", z_loss), ("bias_step", bias_step)):
+        weights = {"load_balance": load_balance, "z_loss": z_loss, "bias_step": bias_step, "entropy": entropy}
+        for name, value in weights.items():
             if not 0 <= value < math.inf:
                 raise InputError(f"RouterRebalance: {name} {value}: 0 or more.")
         if train not in ("all", "routers", "routers+norms"):
             raise InputError(f"RouterRebalance: train {train!r}: one of all, routers, routers+norms.")
         self.load_balance, self.z_loss, self.bias_step, self.train = load_balance, z_loss, bias_step, train
+        self.entropy = entropy
         self._context = ExitStack()
         self._counts: RouterCounts | None = None
         self._scale = 1.0
@@ -128,6 +137,7 @@ class RouterRebalance(Callback):
         for name, weight, loss in (
             ("load_balance", 0.0 if biases else self.load_balance, load_balance_loss),
             ("z_loss", self.z_loss, router_z_loss),
+            ("entropy", self.entropy, gate_entropy_loss),
         ):
             if weight:
                 value = loss(routing, mask_T)

@@ -6,17 +6,29 @@ import re
 
 import pytest
 
-from benchmarks import diep_step, finetune, fsdp, gates, gradient_criteria, naee, observe, prune_save, scan, skipping
+from benchmarks import (
+    compare_shared,
+    diep_step,
+    finetune,
+    fsdp,
+    gates,
+    gradient_criteria,
+    naee,
+    observe,
+    prune_save,
+    scan,
+    skipping,
+)
 from benchmarks.ratios import median_ratio
 
 LONG = [
     pytest.param(benchmark, marks=pytest.mark.scale)
-    for benchmark in (observe, diep_step, skipping, finetune, gradient_criteria, fsdp)
+    for benchmark in (observe, compare_shared, diep_step, skipping, scan, finetune, gradient_criteria, fsdp)
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [gates, naee, scan, prune_save, *LONG])
+@pytest.mark.parametrize("benchmark", [gates, naee, prune_save, *LONG])
 def test_prints_name_ratio_and_goal(benchmark: object, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(repeats=1)  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()

@@ -103,8 +103,8 @@ def make_grid(
 ) -> list[Cell]:
     """Every method, with its seeds, by every strategy, at every ratio and scope; each once.
 
-    Strategies that tune bring a control: the full model, tuned as the lottery is. Raises ``InputError`` for unknown
-    names.
+    A method may name its scope, as in ``diep@global``, and then has that one alone. Strategies that tune bring a
+    control: the full model, tuned as the lottery is. Raises ``InputError`` for unknown names.
     """
     for option, values in (("methods", methods), ("ratios", ratios), ("scopes", scopes), ("strategies", strategies)):
         if not values:
@@ -116,8 +116,9 @@ def make_grid(
             raise InputError(
                 f"--ratios {ratio}: the fraction of experts to drop must lie between 0 and 1, both excluded."
             )
-    chosen = [_named(name) for name in dict.fromkeys(methods)]
+    chosen = [_named(name) for name in methods]
     known = [_scope(name) for name in dict.fromkeys(scopes)]
+    scopes_of = [_own_scopes(name, known) for name in methods]
     ratios = list(dict.fromkeys(ratios))
     options = options or RoundOptions()
     chosen_strategies = list(dict.fromkeys(map(_strategy, strategies)))
@@ -130,11 +131,11 @@ def make_grid(
     all_seeds = list(range(first_seed, first_seed + seeds))
     cells = [
         Cell(method, scope, ratio, seed, strategy, plan[ratio], _recipe(plan[ratio], options))
-        for method in chosen
+        for method, own in zip(chosen, scopes_of, strict=True)
         for strategy, plan in plans.items()
         for seed in (all_seeds if method.seeded or _tunes(strategy) else [None])
         for ratio in (ratios if method.weights is None else [PATTERN_RATIO])
-        for scope in (known if method.weights is None else known[:1])
+        for scope in (own if method.weights is None else own[:1])
     ]
     if any(_tunes(strategy) for strategy in plans):
         plan = _schedules("lottery", ratios, options)
@@ -143,7 +144,7 @@ def make_grid(
             for seed in all_seeds
             for ratio in ratios
         ]
-    return cells
+    return list({cell.file_name: cell for cell in cells}.values())
 
 
 def _check_one_cut(methods: Sequence[Method], ratios: Sequence[float], strategies: Sequence[Strategy]) -> None:
@@ -214,13 +215,18 @@ def _strategy(name: str) -> Strategy:
 
 def _named(name: str) -> Method:
     try:
-        return get_method(name)
+        return get_method(name.partition("@")[0])
     except InputError as error:
         raise InputError(f"--methods: {error}") from error
 
 
-def _scope(name: str) -> Scope:
+def _own_scopes(name: str, scopes: Sequence[Scope]) -> Sequence[Scope]:
+    _, at, scope = name.partition("@")
+    return [_scope(scope, f"--methods {name}")] if at else scopes
+
+
+def _scope(name: str, option: str = "--scopes") -> Scope:
     scopes = get_args(Scope)
     if name not in scopes:
-        raise InputError(f"--scopes: Unknown scope '{name}'.{did_you_mean(name, scopes)} Known: {', '.join(scopes)}.")
+        raise InputError(f"{option}: Unknown scope '{name}'.{did_you_mean(name, scopes)} Known: {', '.join(scopes)}.")
     return cast(Scope, name)

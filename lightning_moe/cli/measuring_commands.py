@@ -94,7 +94,7 @@ class MeasuringCommands(Trainer):
             datamodule: The calibration text, and as val_path the text to measure on.
             out: Run folder; gets compare.csv, compare.json, stats.safetensors, a file per cell in cells/ and the scores
                 of each method in scores/.
-            methods: Any of the methods of ``prune``.
+            methods: Any of the methods of ``prune``; METHOD@layer or METHOD@global in that scope alone.
             ratios: Fractions of the experts to drop.
             scopes: Drop the same number in each layer (layer), or the lowest of all layers (global).
             seeds: How often to run what depends on a seed, as all tuning does; the first is that of --seed_everything.

@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.naee import describe_search, drops_of, naee_sets
 from lightning_moe.cli.scan import METHOD, scan_experts, scan_scores
 from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
-from lightning_moe.criteria import Criterion, criteria
+from lightning_moe.criteria import Criterion, Direction, criteria, get_criterion
 from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.moe.merged_experts import Merge
 from lightning_moe.moe.semi_structured import PATTERN, Rule
@@ -109,18 +109,21 @@ class Method:
         return self.scores(job, ratio if self.per_ratio else None, (seed or 0) if self.seeded else 0, folder)
 
 
-def _of_criterion(criterion: Criterion) -> Method:
+def _of_criterion(criterion: Criterion, direction: Direction | None = None) -> Method:
+    """``direction``, where it is given, is part of the name: the one criterion at both ends is two methods then."""
+    name = criterion.name if direction is None else f"{criterion.name}-{direction}"
+
     def scores(job: Job, ratio: float | None, seed: int, folder: Path) -> ExpertScores:
-        return score_experts(method.stats(job), criterion.name, seed=seed)
+        return replace(score_experts(method.stats(job), criterion.name, direction, seed), method=name)
 
     method = Method(
-        criterion.name,
+        name,
         criterion.summary,
         scores,
         seeded=criterion.name == "random",
         stable_ranks=criterion.stable_ranks,
         gradients=criterion.gradients,
-        criterion=True,
+        criterion=direction is None,
     )
     return method
 
@@ -263,8 +266,15 @@ def register_method(method: Method) -> None:
 
 
 def get_method(name: str) -> Method:
-    """Look up a method; an unknown name is refused with the nearest known one."""
+    """Look up a method, or a criterion's lowest or highest, as ``ean-max``.
+
+    An unknown name is refused with the nearest known one.
+    """
     known = {method.name: method for method in methods()}
+    base, _, end = name.rpartition("-")
+    turns = base in known and known[base].criterion and not known[base].seeded
+    if name not in known and turns and end in get_args(Direction):
+        return _of_criterion(get_criterion(base), cast(Direction, end))
     if name not in known:
         raise InputError(f"Unknown method '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
     return known[name]

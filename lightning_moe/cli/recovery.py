@@ -57,6 +57,8 @@ class Recovery:
         load_balance: Weight of the load-balance loss.
         z_loss: Weight of the router z-loss.
         bias_step: Step of the correction biases of routers that have some (DeepSeek-V3), instead of that loss.
+        entropy: Weight of the gate's entropy, from 0 (sure of one expert) to 1 (all alike): with load_balance 0 and
+            bias_step 0, SEER-MoE's tuning.
     """
 
     kind: Kind = "finetune"
@@ -65,12 +67,13 @@ class Recovery:
     load_balance: float = 0.01
     z_loss: float = 0.0
     bias_step: float = 0.001
+    entropy: float = 0.0
 
     def check(self) -> None:
         """Raise ``InputError`` for what cannot be."""
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise InputError(f"--recovery.batch_tokens {self.batch_tokens}: at least 1.")
-        routers = ("train", "load_balance", "z_loss", "bias_step")
+        routers = ("train", "load_balance", "z_loss", "bias_step", "entropy")
         changed = [name for name in routers if getattr(self, name) != getattr(Recovery, name)]
         if self.kind == "router-kd" and changed:
             raise InputError(
@@ -82,7 +85,11 @@ class Recovery:
     def rebalance(self) -> RouterRebalance:
         if self.kind == "router-kd":  # the teacher says where tokens go; nothing else does
             return RouterRebalance(0.0, 0.0, 0.0, train="routers")
-        return RouterRebalance(self.load_balance, self.z_loss, self.bias_step, self.train)
+        return RouterRebalance(self.load_balance, self.z_loss, self.bias_step, self.train, self.entropy)
+
+    def asked(self) -> dict[str, Any]:
+        """In plain values; what came later only where it is given, so that runs of before go on."""
+        return {name: value for name, value in vars(self).items() if name != "entropy" or value}
 
     def batches_per_step(self, window: int, world_size: int, batch_size: int) -> int:
         """Batches on each rank until a step has ``batch_tokens``. Raises ``InputError`` for less than one."""

@@ -80,7 +80,7 @@ class RoundOptions:
 
     def asked_tuning(self) -> dict[str, Any]:
         """What tuning is, its schedule aside."""
-        tuning: dict[str, Any] = {"lr": self.lr} | vars(self.recovery)
+        tuning: dict[str, Any] = {"lr": self.lr} | self.recovery.asked()
         tuning["content"] = None if self.tune_path is None else content_fingerprint(self.tune_path) or self.tune_path
         return {f"finetune.{name}": value for name, value in tuning.items()}
 

@@ -10,7 +10,7 @@ from lightning_moe.stats.layer_stats import LayerStats
 
 @register("euf", drops="min")
 def expert_usage_frequency(stats: LayerStats) -> Tensor:
-    """Tokens routed to the expert (EUF)."""
+    """Tokens routed to the expert (EUF; SEER-MoE's hard count)."""
     return stats.count_E
 
 

@@ -25,8 +25,7 @@ def load_balance_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     )
     share_E = chosen_E / chosen_E.sum().clamp(min=1)
     mean_E = (weight_T[:, None] * probability_TE).sum(0) / weight_T.sum().clamp(min=1)
-    left = (routing.logits_TE > -torch.inf).any(0).sum()  # without those that are masked out
-    return left * (share_E * mean_E).sum()
+    return _left(routing) * (share_E * mean_E).sum()
 
 
 def router_z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -34,6 +33,26 @@ def router_z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     square_T = routing.logits_TE.float().logsumexp(-1).square()
     weight_T = _weights(square_T, mask_T)
     return (weight_T * square_T).sum() / weight_T.sum().clamp(min=1)
+
+
+def gate_entropy_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens of the entropy of the logits' softmax, over the log of the number of experts (after SEER-MoE).
+
+    1 where the router likes all experts alike, 0 where it is sure of one: so it weighs layers of different counts the
+    same, and one weight suits models of any. Without that division it would be in nats. Of a single expert it is 0. The
+    softmax is over all experts, also where the router weighs by a sigmoid, or those it has chosen alone.
+    """
+    logits_TE = routing.logits_TE.float()
+    # Masked experts have probability 0 and a log of -inf, whose product, and its gradient, are not numbers.
+    log_TE = logits_TE.log_softmax(-1).masked_fill(logits_TE == -torch.inf, 0.0)
+    entropy_T = -(logits_TE.softmax(-1) * log_TE).sum(-1)
+    weight_T = _weights(entropy_T, mask_T)
+    return (weight_T * entropy_T).sum() / weight_T.sum().clamp(min=1) / _left(routing).clamp(min=2).log()
+
+
+def _left(routing: Routing) -> Tensor:
+    """Experts that are not masked out."""
+    return (routing.logits_TE > -torch.inf).any(0).sum()
 
 
 def _weights(like: Tensor, mask_T: Tensor | None) -> Tensor:

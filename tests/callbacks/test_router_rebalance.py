@@ -19,7 +19,7 @@ from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.callbacks.router_rebalance import RouterRebalance, trained_parameters
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import find_moe_layers
-from lightning_moe.moe.router_losses import load_balance_loss, router_z_loss
+from lightning_moe.moe.router_losses import gate_entropy_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, record_routing
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers.families import FAMILIES, VOCAB, tiny_model
@@ -60,9 +60,9 @@ class Foreign(LightningModule):
 class ByHand(Foreign):
     """The same step with the losses added where anybody would add them."""
 
-    def __init__(self, model: PreTrainedModel, load_balance: float, z_loss: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, load_balance: float, z_loss: float = 0.0, entropy: float = 0.0) -> None:
         super().__init__(model)
-        self.weights = load_balance, z_loss
+        self.weights = {load_balance_loss: load_balance, router_z_loss: z_loss, gate_entropy_loss: entropy}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         routings: list[Routing] = []
@@ -70,9 +70,9 @@ class ByHand(Foreign):
             loss = super().training_step(batch, batch_idx)
         mask = batch.get("attention_mask")
         mask_T = None if mask is None else mask.flatten()
-        balance = sum(load_balance_loss(routing, mask_T) for routing in routings) / len(routings)
-        z = sum(router_z_loss(routing, mask_T) for routing in routings) / len(routings)
-        return loss + self.weights[0] * balance + self.weights[1] * z
+        for one, weight in self.weights.items():
+            loss = loss + weight * sum(one(routing, mask_T) for routing in routings) / len(routings)
+        return loss
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -190,8 +190,8 @@ def test_the_losses_train_as_if_added_by_hand(
 ) -> None:
     kwargs: dict[str, Any] = {"masked": masked, "accumulate_grad_batches": accumulate}
     model = training_model("mixtral", pruned, recompute)
-    guest = gradients(tmp_path, Foreign(model), RouterRebalance(0.5, z_loss=0.2), **kwargs)
-    hand = gradients(tmp_path, ByHand(training_model("mixtral", pruned, recompute), 0.5, 0.2), **kwargs)
+    guest = gradients(tmp_path, Foreign(model), RouterRebalance(0.5, z_loss=0.2, entropy=0.3), **kwargs)
+    hand = gradients(tmp_path, ByHand(training_model("mixtral", pruned, recompute), 0.5, 0.2, 0.3), **kwargs)
     assert len(guest.steps) == 4 // accumulate
     assert_same(guest, hand)
     plain = gradients(tmp_path, Foreign(training_model("mixtral", pruned, recompute)), **kwargs)
@@ -202,8 +202,8 @@ def test_the_losses_train_as_if_added_by_hand(
 def test_every_family_trains_as_if_added_by_hand(tmp_path: Path, family: str) -> None:
     found = []
     for module, guests in (
-        (Foreign(training_model(family, pruned=True)), [RouterRebalance(0.5, z_loss=0.2)]),
-        (ByHand(training_model(family, pruned=True), 0.5, 0.2), []),
+        (Foreign(training_model(family, pruned=True)), [RouterRebalance(0.5, z_loss=0.2, entropy=0.3)]),
+        (ByHand(training_model(family, pruned=True), 0.5, 0.2, 0.3), []),
     ):
         torch.manual_seed(0)  # PhiMoE draws random numbers while it trains
         found.append(gradients(tmp_path, module, *guests, max_steps=2))
@@ -220,9 +220,10 @@ def test_what_is_logged_is_the_mean_over_layers(tmp_path: Path) -> None:
             with record_routing(find_moe_layers(self.inner), lambda _, routing: routings.append(routing)):
                 loss = super().training_step(batch, batch_idx)
             mask_T = batch["attention_mask"].flatten()
+            losses = {"load_balance": load_balance_loss, "z_loss": router_z_loss, "entropy": gate_entropy_loss}
             means = {
-                "load_balance": sum(float(load_balance_loss(one, mask_T).detach()) for one in routings) / len(routings),
-                "z_loss": sum(float(router_z_loss(one, mask_T).detach()) for one in routings) / len(routings),
+                name: sum(float(one(routing, mask_T).detach()) for routing in routings) / len(routings)
+                for name, one in losses.items()
             }
             values.append({f"router_rebalance/{name}": value for name, value in means.items()})
             return loss
@@ -230,7 +231,8 @@ def test_what_is_logged_is_the_mean_over_layers(tmp_path: Path) -> None:
     for recompute in (False, True):
         values.clear()
         model = training_model("mixtral", pruned=True, recompute=recompute)
-        found = gradients(tmp_path, Recorded(model), RouterRebalance(0.5, z_loss=0.1), accumulate_grad_batches=2)
+        guest = RouterRebalance(0.5, z_loss=0.1, entropy=0.1)
+        found = gradients(tmp_path, Recorded(model), guest, accumulate_grad_batches=2)
         assert len(found.logged) == 4
         # Metrics of a batch are there for others once the next one is through.
         for logged, expected in zip(found.logged[1:], values, strict=False):
@@ -362,6 +364,29 @@ def test_a_skewed_router_is_evened_out(tmp_path: Path, train: Any, lr: float) ->
     assert before > 0.6
     assert found[1] < 0.6 * before
     assert found[1] < 0.6 * found[0]
+
+
+def mean_entropy(model: PreTrainedModel) -> float:
+    """Of the gates, from 0 to 1, over layers and all tokens."""
+    routings: list[Routing] = []
+    with torch.no_grad(), record_routing(find_moe_layers(model), lambda _, routing: routings.append(routing)):
+        for batch in loader(masked=False):
+            model(batch["input_ids"])
+    return sum(float(gate_entropy_loss(routing)) for routing in routings) / len(routings)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_routers_become_sure_of_fewer_experts(tmp_path: Path, family: str) -> None:
+    """Far more than the same training does without; also of a model that was cut."""
+    found = []
+    for weight in (0.0, 1.0):
+        model = training_model(family, pruned=True)
+        before = mean_entropy(model)
+        guest = RouterRebalance(0.0, entropy=weight)
+        trainer(tmp_path, guest, max_epochs=6).fit(Foreign(model), loader(masked=False))
+        found.append(mean_entropy(model))
+    assert before > 0.3
+    assert found[1] < 0.8 * min(before, found[0])
 
 
 def test_biases_even_out_a_skewed_router(tmp_path: Path) -> None:
@@ -676,6 +701,7 @@ def test_other_loops_are_left_alone(tmp_path: Path, loop: str) -> None:
         ({"load_balance": -0.1}, "load_balance -0.1"),
         ({"z_loss": -1.0}, "z_loss -1.0"),
         ({"bias_step": -0.001}, "bias_step -0.001"),
+        ({"entropy": -0.1}, "entropy -0.1"),
         ({"load_balance": float("nan")}, "load_balance nan"),
         ({"load_balance": float("inf")}, "load_balance inf"),
         ({"train": "gates"}, "'gates'.*all, routers, routers\\+norms"),
@@ -724,7 +750,11 @@ def test_two_ranks_agree(tmp_path: Path, _one_thread: None) -> None:
     monitor = ExpertUsageMonitor(tmp_path / "usage", every_n_steps=1)
     module = CountsBiases(training_model("deepseek_v3"))
     on_two_ranks(
-        tmp_path, module, RouterRebalance(0.5, z_loss=0.2, bias_step=0.01), monitor, WritesRank(tmp_path, monitor)
+        tmp_path,
+        module,
+        RouterRebalance(0.5, z_loss=0.2, bias_step=0.01, entropy=0.2),
+        monitor,
+        WritesRank(tmp_path, monitor),
     )
     one, two = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1))
     assert one["weights"].keys() == two["weights"].keys()

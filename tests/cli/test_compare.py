@@ -184,6 +184,26 @@ def test_csv_json_and_files_agree(comparison: Compare) -> None:
         assert name in said.out
 
 
+def test_a_method_may_name_its_scope(comparison: Compare) -> None:
+    """And has that one alone, each cell once; the others have all that were asked for."""
+    comparison.ok("--methods", "[ean@global,reap,ean@global,reap@layer]", "--ratios", "[0.5]", "--scopes", "[layer]")
+    assert [key[:2] for key in comparison.cells()] == [("full", None), ("ean", "global"), ("reap", "layer")]
+
+
+def test_a_criterion_from_either_end(comparison: Compare, run: Commands, tmp_path: Path) -> None:
+    """``ean-max`` is ``ean`` with ``--direction max``, to ``prune`` as well."""
+    comparison.ok("--methods", "[ean,ean-min,ean-max]", "--ratios", "[0.5]", "--scopes", "[layer]")
+    plans = {method: row["plan"] for (method, *_), row in comparison.cells().items()}
+    assert plans["ean"] == plans["ean-min"] != plans["ean-max"]
+    stats = ("--model.path", comparison.args[comparison.args.index("--model.path") + 1], "--stats", comparison.out)
+    for name, asked in (("long", ("ean", "--direction", "max")), ("short", ("ean-max",))):
+        run.ok("prune", *QUIET, *stats, "--method", *asked, "--out", tmp_path / name)
+        plan = read(tmp_path / name / "plan.json")
+        assert plan["keep"] == plans["ean-max"] and plan["made_by"]["direction"] == "max"
+    methods_of = read(tmp_path / "short" / "scores.json")["methods"]
+    assert methods_of["ean-max"]["direction"] == "max" and methods_of["ean"]["direction"] == "min"
+
+
 def test_random_has_spread_criteria_have_none(comparison: Compare) -> None:
     comparison.ok("--methods", "[random,ean]", "--ratios", "[0.5]", "--scopes", "[layer]", "--seeds", 4)
     spread = {entry["method"]: entry for entry in read(comparison.out / "compare.json")["spread"]}
@@ -385,6 +405,8 @@ def test_measured_on_the_calibration_text_it_says_so(
 
 BAD = {
     "unknown method": (("--methods", "[ean,reap-summ]"), ["reap-summ", "'reap-sum'"]),
+    "unknown own scope": (("--methods", "[ean@globl]"), ["--methods ean@globl", "globl", "'global'"]),
+    "random from an end": (("--methods", "[random-max]"), ["'random-max'"]),
     "unknown scope": (("--scopes", "[globl]"), ["globl", "'global'"]),
     "no ratio": (("--ratios", "[]"), ["--ratios"]),
     "no fraction": (("--ratios", "[0.5,1.5]"), ["1.5", "between 0 and 1"]),

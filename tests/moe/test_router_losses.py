@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
-from lightning_moe.moe.router_losses import attach_loss, load_balance_loss, router_z_loss
-from lightning_moe.moe.routing import Routing, record_routing, rewrite_weights
+from lightning_moe.moe.router_losses import attach_loss, gate_entropy_loss, load_balance_loss, router_z_loss
+from lightning_moe.moe.routing import Routing, mask_plan, record_routing, rewrite_weights
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.plans import fewest_plan, non_uniform_plan
 
-LOSSES = (load_balance_loss, router_z_loss)
+LOSSES = (load_balance_loss, router_z_loss, gate_entropy_loss)
 
 
 def routing(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> Routing:
@@ -187,6 +187,84 @@ def test_large_logits_do_not_overflow() -> None:
     assert float(router_z_loss(one)) == pytest.approx((1e4 + math.log(8)) ** 2, rel=1e-6)
     half = Routing(one.logits_TE.half(), one.weights_TK.half(), one.expert_ids_TK)
     assert math.isfinite(float(router_z_loss(half)))
+
+
+# ------------------------------------------------------------------------------------------ gate entropy
+
+
+def slow_entropy(rows: Sequence[Sequence[float]]) -> float:
+    """Expert by expert, of the tokens that count; 0 where there is but one expert."""
+    if len(rows[0]) == 1:
+        return 0.0
+    entropies = [-sum(p * math.log(p) for p in reference.softmax(row) if p > 0) for row in rows]
+    return reference.mean(entropies) / math.log(len(rows[0]))
+
+
+@given(num_tokens=st.integers(1, 12), size=st.integers(1, 8), seed=st.integers(0, 99), data=st.data())
+def test_the_gate_entropy_equals_the_reference(num_tokens: int, size: int, seed: int, data: st.DataObject) -> None:
+    """With padding and with experts masked out, which might as well not be there."""
+    one = routing(num_tokens, size, 1, seed)
+    mask = data.draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens).filter(any))
+    kept = data.draw(st.lists(st.booleans(), min_size=size, max_size=size).filter(any))
+    logits_TE = one.logits_TE.masked_fill(~torch.tensor(kept), -torch.inf)
+    left = Routing(logits_TE, one.weights_TK, one.expert_ids_TK)
+    rows = [[logit for logit, stays in zip(row, kept, strict=True) if stays] for row in one.logits_TE.tolist()]
+    assert float(gate_entropy_loss(left)) == pytest.approx(slow_entropy(rows), rel=1e-5, abs=1e-6)
+    counted = [row for row, counts in zip(rows, mask, strict=True) if counts]
+    for mask_T in (torch.tensor(mask), torch.tensor(mask).long(), torch.tensor(mask).float()):
+        assert float(gate_entropy_loss(left, mask_T)) == pytest.approx(slow_entropy(counted), rel=1e-5, abs=1e-6)
+
+
+def test_the_gate_entropy_by_hand() -> None:
+    """Two tokens, of probabilities (1/2, 1/4, 1/4) and (1/2, 1/2, 0): 3/2 and 1 bits, where log2(3) is the most."""
+    logits_TE = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 0.0]]).log()
+    one = Routing(logits_TE, torch.ones(2, 1), torch.zeros(2, 1).long())
+    assert float(gate_entropy_loss(one)) == pytest.approx(1.25 / math.log2(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 5, 64])
+def test_the_gate_entropy_lies_between_sure_and_even(size: int) -> None:
+    """Whatever the number of experts; where a router is sure, also beyond what float32 can tell from 0, it is 0."""
+    even = Routing(torch.full((3, size), 7.0), torch.ones(3, 1), torch.zeros(3, 1).long())
+    assert float(gate_entropy_loss(even)) == pytest.approx(1.0, rel=1e-6)
+    sure = Routing(1e4 * torch.eye(size)[:2], torch.ones(2, 1), torch.arange(2)[:, None])
+    assert float(gate_entropy_loss(sure)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dropped", [[], [1], [0, 2, 3, 4]], ids=["whole", "one masked", "one left"])
+def test_the_gradient_of_the_gate_entropy_is_that_of_the_formula(dropped: list[int]) -> None:
+    """d H / d logit = -p (log p + H), over T log E; 0 at what is masked, and nowhere not a number."""
+    logits_TE = routing(9, 5, 2).logits_TE.double().requires_grad_()
+    masked_TE = logits_TE.index_fill(1, torch.tensor(dropped, dtype=torch.long), -torch.inf)
+    gate_entropy_loss(Routing(masked_TE, torch.ones(9, 1), torch.zeros(9, 1).long())).backward()
+    kept = [expert for expert in range(5) if expert not in dropped]
+    expected_TE = torch.zeros(9, 5, dtype=torch.float64)
+    for t in range(9):
+        p = reference.softmax(logits_TE[t, kept].tolist())
+        entropy = -sum(one * math.log(one) for one in p)
+        slopes = [-one * (math.log(one) + entropy) / (9 * math.log(max(len(kept), 2))) for one in p]
+        expected_TE[t, kept] = torch.tensor(slopes, dtype=torch.float64)
+    torch.testing.assert_close(logits_TE.grad, expected_TE, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gate_entropy_of_a_masked_model_is_that_of_a_cut_one(family: str) -> None:
+    """Layer by layer, of different counts; and its gradient reaches the routers and their kept rows alone."""
+    cut, masked = tiny_model(family), tiny_model(family)
+    keep, found = non_uniform_plan(cut), []
+    keep_experts(cut, keep)
+    for model, plan in ((cut, {}), (masked, keep)):
+        layers, losses = find_moe_layers(model), []
+        with mask_plan(layers, plan), record_routing(layers, lambda _, one, to=losses: to.append(one)):
+            model(tiny_batch(length=8))
+        found.append([gate_entropy_loss(one) for one in losses])
+    torch.testing.assert_close(torch.stack(found[1]), torch.stack(found[0]), rtol=1e-4, atol=1e-6)
+    sum(found[1]).backward()
+    for layer in find_moe_layers(masked):
+        grad = layer.router_weight.grad
+        assert grad is not None and grad.isfinite().all()
+        gone = sorted(set(range(layer.num_experts)) - set(keep.get(layer.name, range(layer.num_experts))))
+        assert grad.abs().sum() > 0 and grad[gone].eq(0).all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
