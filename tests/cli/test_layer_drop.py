@@ -137,7 +137,7 @@ def test_two_ranks_find_what_one_does(deep: Path, text: Path, compared: Path, tm
         evaluate = ["evaluate", "--model.path", tmp_path / method / "model", *text_args(text)]
         two.append([*evaluate, "--trainer.enable_progress_bar", "false", "--out", tmp_path / f"{method}-measured"])
     two.append([*two[0][:-1], tmp_path / "ddp", "--trainer.strategy", "ddp"])
-    commands_on_ranks(2, tmp_path, two)
+    commands_on_ranks(2, two)
     one = cells(compared)
     for folder in ("split", "ddp"):
         for method, cell in cells(tmp_path / folder).items():

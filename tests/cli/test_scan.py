@@ -71,7 +71,7 @@ def test_what_it_writes_and_says(run: Commands, checkpoint: Path, text: Path, fi
     """Asked again it says the same, and works no more."""
     said = run.ok("scan", *on(checkpoint, text), *CPU, "--out", finished)
     assert not added and "carried out here before" in said.out
-    assert (finished / "figures" / "scan.png").stat().st_size > 1000
+    assert (finished / "figures" / "scan.png").is_file()
     assert read(finished / "summary.json") == read(finished / "scan.json")
     changes = [
         (change, name, expert)

@@ -209,7 +209,7 @@ def test_two_processes_find_what_one_finds(pruned: Path, checkpoint: Path, text:
         jobs.append([*compare, *how, tmp_path / f"compare-{strategy}"])
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PL_GLOBAL_SEED", raising=False)
-        commands_on_ranks(2, tmp_path, jobs)
+        commands_on_ranks(2, jobs)
         main([str(arg) for arg in (*compare, "--trainer.accelerator", "cpu", "--out", tmp_path / "compare-one")])
     wanted = [row["perplexity"] for row in read(tmp_path / "compare-one" / "compare.json")["cells"]]
     assert len(set(wanted)) == 3
