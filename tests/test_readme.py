@@ -33,12 +33,13 @@ def test_the_tour_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "lightning_moe").symlink_to(ROOT / "lightning_moe")
     monkeypatch.chdir(tmp_path)
     commands = [line for line in bash_lines() if line.startswith("lightning-moe ")]
-    assert len(commands) == 13
+    assert len(commands) == 16
     for command in commands:
         # On less text: the last of equal options counts.
         less = ["--data.samples", "24", "--data.seq_len", "256"] if "--data.path" in command else []
         less += ["--data.val_samples", "12"] if "--data.val_path" in command else []
-        less += {"search": ["--updates", "2"], "compare": ["--seeds", "1"]}.get(command.split()[1], [])
+        own = {"search": ["--updates", "2"], "compare": ["--seeds", "1"], "scan": ["--data.samples", "2"]}
+        less += own.get(command.split()[1], [])
         less += ["--model.dtype", "float32"]  # which any CPU has instructions for
         main([*shlex.split(command)[1:], *less])
     for python in re.findall(r"```python\n(from transformers.*?)```", README, flags=re.DOTALL):
