@@ -12,7 +12,7 @@ from typing import Literal, cast, get_args
 
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.naee import describe_search, drops_of, naee_sets
-from lightning_moe.cli.scan import METHOD, scan_experts, scan_scores
+from lightning_moe.cli.scan import SCAN, scan_experts, scan_scores
 from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
 from lightning_moe.criteria import Criterion, Direction, criteria, get_criterion
 from lightning_moe.errors import InputError, did_you_mean
@@ -237,7 +237,7 @@ def _of_scan() -> Method:
         found = scan_experts(job.trainer, job.model, job.data, folder)
         return scan_scores(found, job.identity, job.data.text.fingerprint)
 
-    return Method(METHOD, "How much the loss rises without the expert: a forward for each.", scores, needs_text=True)
+    return Method(SCAN, "How much the loss rises without the expert: a forward for each.", scores, needs_text=True)
 
 
 def methods() -> list[Method]:

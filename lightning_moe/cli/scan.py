@@ -29,7 +29,7 @@ from lightning_moe.pruning.scores import ExpertScores, write_scores
 from lightning_moe.report.scan_figure import scan_figure
 from lightning_moe.search.expert_scan import ExpertScan, ScannedExperts, can_spare_one
 
-METHOD = "scan"
+SCAN = "scan"
 
 SHOWN = 5
 """Experts that the terminal shows from each end."""
@@ -94,7 +94,7 @@ def scan_experts(trainer: Trainer, model: MoECausalLM, data: TextDataModule, par
 def scan_scores(found: ScannedExperts, model_id: str, fingerprint: str) -> ExpertScores:
     """How much the mean loss rises without each expert: higher means keep."""
     scores = {shape.name: tensor(found.rises(shape.name)).double() for shape in found.shapes}
-    return ExpertScores(model_id, fingerprint, METHOD, found.shapes, scores)
+    return ExpertScores(model_id, fingerprint, SCAN, found.shapes, scores)
 
 
 class _Scan(Callback):
@@ -119,7 +119,7 @@ class _Scan(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._scan = ExpertScan(hugging_face_model(pl_module, METHOD))
+        self._scan = ExpertScan(hugging_face_model(pl_module, SCAN))
         if self._done:
             self.scan.load_sums(self.saves.load(trainer, self._done))
 
