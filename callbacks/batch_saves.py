@@ -50,6 +50,7 @@ class BatchSaves:
         earlier = self._files(trainer.global_rank)
         with replaced_file(self.folder / f"{self.name}-{trainer.global_rank}-{done}.safetensors") as beside:
             save_file(dict(sums), beside)
+        trainer.strategy.barrier()  # else a rank far ahead would keep none that the last one has
         # Two saves stay: another rank may be one behind.
         for one in sorted(earlier)[:-1]:
             earlier[one].unlink()

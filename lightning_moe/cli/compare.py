@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lightning_moe.cli.cells import GRADIENTS, OBSERVATION, Comparison
 from lightning_moe.cli.grid import Cell
+from lightning_moe.cli.leaving import part
 from lightning_moe.cli.request import (
     asked_data,
     asked_model,
@@ -57,7 +58,8 @@ def compare(
             f"--methods: {' and '.join(merging)} merge experts, which cannot be done in memory where moe_fsdp splits "
             "the model; compare them on one device, or `prune` by them, which merges on disk, and `evaluate`."
         )
-    check_weight_cells([cell.method for cell in grid if cell.method is not None], model_path(model))
+    pruning = [cell.method for cell in grid if cell.method is not None]
+    check_weight_cells(pruning, model_path(model), getattr(trainer.strategy, "quantize", None))
     for cell in grid:
         if cell.schedule is not None and cell.method is not None:
             check_rounds(shapes, cell.schedule, cell.scope)
@@ -123,6 +125,7 @@ def compare(
                 file=sys.stderr,
             )
     if failed:
+        part()
         sys.exit(1)
 
 

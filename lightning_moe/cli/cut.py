@@ -45,6 +45,10 @@ class Cut:
         return {**vars(self), "direction": direction} | ({"seed": seed()} if method.seeded else {})
 
 
+ROUND_FILES = ("rounds.jsonl", "figures/rounds.png", "figures/expert_usage.png")
+"""What a prune in rounds leaves that others do not replace."""
+
+
 def target_of(out: str, path: str) -> Path:
     """Where the pruned model goes. Raises ``InputError`` when the model to prune lies there."""
     target = Path(out) / "model"

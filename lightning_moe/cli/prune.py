@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_moe.cli.cut import Cut, note_order, reduction, target_of
+from lightning_moe.cli.cut import ROUND_FILES, Cut, note_order, reduction, target_of
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.methods import get_method
 from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, seed
@@ -21,7 +21,7 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
-from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
+from lightning_moe.moe.compaction import check_droppable, check_mergeable, compact_checkpoint
 from lightning_moe.pruning.budget import check_ratio, make_plan
 from lightning_moe.pruning.merging import merge_alike
 from lightning_moe.pruning.plan import PruningPlan, load_plan
@@ -89,7 +89,7 @@ def prune(
         asked |= {"merge": plan.merge.groups, **plan.merge.settings} if plan.merge.groups else {}
         asked |= {"blocks": plan.blocks} if plan.blocks else {}
     else:
-        check_ratio(shapes, cut.ratio, cut.scope, cut.floor, method.drops)  # an impossible one is refused before work
+        drops = method.drops
         if stats_file is not None:
             stats = known_stats(stats_file, identity, shapes)
             if method.gradients and not stats.has_gradients:
@@ -104,12 +104,19 @@ def prune(
             # The default says nothing of what is wanted; any other name does.
             wanted = None if cut.method == Cut.method else cut.method
             scores = [load_scores(Path(scores_file), wanted, shapes, identity)]
+            drops = scores[0].drops
+            if drops != "experts" and (cut.scope != "global" or cut.floor is not None):
+                raise InputError(
+                    f"--scores {scores_file}: by {scores[0].method} whole layers go, chosen among all; give --scope "
+                    "global and no --floor."
+                )
             wanted_entry(path, None, skipping)  # refused before any work
             source = {"scores": scores[0].fingerprint}
         else:
             source = asked_data(data)
             if method.needs_text:
                 source |= asked_batches(trainer, data) | {"search": method.settings}
+        check_ratio(shapes, cut.ratio, cut.scope, cut.floor, drops)  # an impossible one is refused before any work
         asked = cut.asked() | source | ({"merge": True} if merge else {})
     if rule is not None or (plan is not None and plan.merge.groups):
         check_mergeable(path, align=plan is None or plan.merge.align)
@@ -138,9 +145,8 @@ def prune(
         return None
     if scores:
         note_order(scores[0].method, cut.scope, scores[0].comparable)
-    run.begin()
-    for name in ("rounds.jsonl", "figures/rounds.png", "figures/expert_usage.png"):
-        (run.folder / name).unlink(missing_ok=True)  # of a prune in rounds that this one replaces
+    check_droppable(path, plan.blocks)
+    run.begin(*ROUND_FILES)
     started = time.perf_counter()
     entry = wanted_entry(path, stats, skipping)
     # The model first: when its weights turn out damaged, nothing is written.

@@ -46,7 +46,7 @@ from lightning_moe.pruning.round_record import (
 )
 from lightning_moe.pruning.schedule import RoundSchedule, round_seed
 from lightning_moe.pruning.scores import ExpertScores, score_experts
-from lightning_moe.stats.store import ModelStats
+from lightning_moe.stats.store import VERSION, ModelStats
 
 SAVE_SECONDS = 300.0
 """Seconds of tuning between two saves."""
@@ -231,7 +231,7 @@ class Rounds:
         identity = self.identity if turn == 1 else f"{self.identity}+{turn - 1}-rounds"
 
         def observe(model: MoECausalLM, gradients: bool) -> ModelStats:
-            file, partial = place / "stats.safetensors", place / "observation"
+            file, partial = place / "stats.safetensors", place / f"observation-{VERSION}"
             precision, ranks = weights_type(self.trainer, model), method.stable_ranks
             where = (self.trainer, model, self.data, file, partial, identity, precision)
             return observe_into(*where, stable_ranks=ranks, gradients=gradients)

@@ -59,9 +59,13 @@ class RunFolder:
         asked = json.dumps([self.command, self._plain({**self.request, **also})], sort_keys=True)
         return self.folder / ".partial" / hashlib.sha256(asked.encode()).hexdigest()[:16]
 
-    def begin(self) -> None:
-        """Forget the results that are about to be replaced, so that a kill never leaves them beside other files."""
-        self._results_file.unlink(missing_ok=True)
+    def begin(self, *files: str) -> None:
+        """Forget the results that are about to be replaced, so that a kill never leaves them beside other files.
+
+        ``files`` are what goes with them and is not written anew.
+        """
+        for file in (self._results_file, *(self.folder / name for name in files)):
+            file.unlink(missing_ok=True)
 
     def save(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Write the results and return them: command, figures, what was asked, versions, seconds."""

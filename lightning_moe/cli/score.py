@@ -31,7 +31,7 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes, same_model
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.ranks import check_shared
-from lightning_moe.pruning.scores import score_by_all, write_scores
+from lightning_moe.pruning.scores import methods_in, score_by_all, write_scores
 from lightning_moe.report.findings import findings, inter_layer
 from lightning_moe.report.findings_figure import findings_figure, inter_layer_figure
 from lightning_moe.stats.layer_stats import LayerStats
@@ -64,7 +64,8 @@ def score(
         wanted = {criterion.name for criterion in criteria() if criterion.gradients and gradients}
         before = run.finished.get("similarity_tokens", 0)
         similarity_tokens = similarity_tokens or before
-        if found is not None and wanted <= set(run.finished["methods"]) and similarity_tokens == before:
+        kept = methods_in(run.folder / "scores.json")  # another command may have written its own there
+        if found is not None and wanted <= set(run.finished["methods"]) <= kept and similarity_tokens == before:
             return run.finished
     stats = observe(trainer, model, data, run, gradients, anew=overwrite)
     cka_AA, num_tokens = None, 0
@@ -178,9 +179,9 @@ def known_stats(stats_file: str, identity: str, shapes: Sequence[LayerShape]) ->
 
 
 def _stored(file: Path, identity: str, precision: str, fingerprint: str) -> ModelStats | None:
-    """The statistics in a file, if they are of this model, in this precision, on this text."""
+    """The statistics in a file, if they are of this model, in this precision, on this text, and of today's version."""
     if not file.is_file():
         return None
     stats = load_stats(file)
-    same = same_model(stats.model_id, identity)
+    same = same_model(stats.model_id, identity) and not any(layer.layer_cosine.isnan() for layer in stats.layers)
     return stats if same and (stats.data_fingerprint, stats.dtype) == (fingerprint, precision) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_moe.cli.cut import Cut, reduction, target_of
+from lightning_moe.cli.cut import ROUND_FILES, Cut, reduction, target_of
 from lightning_moe.cli.input_pass import input_norms
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.methods import Method, get_method
@@ -52,10 +52,9 @@ def prune_weights(
     pattern, fingerprint, _ = _pattern(trainer, model, data, run, method, seed())
     if not trainer.is_global_zero:
         return None
-    if (run.folder / "prune.json").is_file():  # of another prune, which this one replaces
-        for name in ("plan.json", "rounds.jsonl", "figures/rounds.png", "figures/expert_usage.png"):
-            (run.folder / name).unlink(missing_ok=True)
-    run.begin()
+    replaced = (run.folder / "prune.json").is_file()  # of a prune that dropped experts, perhaps
+    scores = () if (run.folder / "score.json").is_file() else ("scores.json",)
+    run.begin(*(("plan.json", *scores, *ROUND_FILES) if replaced else ()))
     started = time.perf_counter()
     zeros = zero_in_checkpoint(path, pattern, target)
     return run.finish(
@@ -136,7 +135,13 @@ def _check_options(
             )
 
 
-def check_weight_cells(methods: Sequence[Method], path: str) -> None:
-    """Raise ``InputError`` where one of ``methods`` prunes weights, and the model's cannot be."""
-    if any(method.weights is not None for method in methods):
+def check_weight_cells(methods: Sequence[Method], path: str, quantize: str | None = None) -> None:
+    """Raise ``InputError`` where one of ``methods`` prunes weights, and the model's cannot be, or not as packed."""
+    names = sorted({method.name for method in methods if method.weights is not None})
+    if names:
         check_prunable(path)
+    if names and quantize is not None:
+        raise InputError(
+            f"--methods: {' and '.join(names)} set weights to zero, which experts in {quantize} cannot be; leave out "
+            "--trainer.strategy.quantize."
+        )

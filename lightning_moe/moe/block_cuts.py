@@ -86,10 +86,10 @@ def name_after(name: str, cuts: Mapping[int, BlockCut], dropped: Collection[int]
         return name
     index, component = int(number[1]), LAYER.search(name)
     cut = cuts.get(index)
+    if name[: number.start(1)] not in {one.path for one in cuts.values()}:
+        return name  # of another tower
     if cut is not None and not len(cut.keep) and component is not None and component[2] == cut.component:
         return None
-    if name[: number.start(1)] not in {one.path for one in cuts.values()}:
-        return name
     if index in dropped:
         return None
     return f"{name[: number.start(1)]}{renumbered(index, dropped)}{name[number.end(1) :]}"

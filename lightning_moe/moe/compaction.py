@@ -113,6 +113,13 @@ def copy_companions(folder: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
+def check_droppable(source: str, blocks: Collection[str]) -> None:
+    """Raise ``InputError`` when the config at ``source`` cannot say what is left without these decoder layers."""
+    if blocks:
+        model = skeleton(source)
+        settings_without(model.config, [one.parts.index for one in find_moe_layers(model) if one.name in blocks])
+
+
 def check_mergeable(source: str, align: bool = False) -> None:
     """Raise ``InputError`` when the experts of the checkpoint at ``source`` cannot be averaged: quantised ones.
 

@@ -110,6 +110,14 @@ def scores_of_sets(
     return ExpertScores(model_id, data_fingerprint, method, shapes, scores, False, {**settings, "for_ratio": ratio})
 
 
+def methods_in(file: Path) -> set[str]:
+    """The methods whose scores a file holds; none where it is no such file."""
+    try:
+        return set(json.loads(file.read_text())["methods"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
 def load_scores(file: Path, method: str | None, shapes: Sequence[LayerShape], model_id: str) -> ExpertScores:
     """Read the scores of one method; with none named, those of reap-sum or else the first in the file.
 

@@ -22,7 +22,13 @@ def start_ranks(work: Callable[..., None], ranks: int, *args: Any) -> None:
     They are forked from a server that has imported, and done, nothing else: no threads, no files of a test.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)  # heeded when the server starts, by the first call
-    start_processes(work, args, nprocs=ranks, start_method="forkserver")
+    start_processes(_work, (dict(os.environ), work, args), nprocs=ranks, start_method="forkserver")
+
+
+def _work(rank: int, environment: dict[str, str], work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.clear()  # of the server, as it was when it started
+    os.environ.update(environment)
+    work(rank, *args)
 
 
 def start_as_torchrun(work: Callable[..., None], ranks: int, *args: Any) -> None:
@@ -36,7 +42,7 @@ def start_as_torchrun(work: Callable[..., None], ranks: int, *args: Any) -> None
 def _as_torchrun(rank: int, ranks: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)  # whatever was there when the server started
+        os.environ.pop(name, None)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     work(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def shared_folder(factory: pytest.TempPathFactory, name: str, fill: Callable[[Pa
     folder, filled = base / name, base / f"{name}.filled"
     with FileLock(base / f"{name}.lock"):
         if not filled.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
             folder.mkdir()
             fill(folder)
             filled.touch()
