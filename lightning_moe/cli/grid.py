@@ -118,7 +118,7 @@ def make_grid(
             )
     chosen = [_named(name) for name in methods]
     known = [_scope(name) for name in dict.fromkeys(scopes)]
-    scopes_of = [_own_scopes(name, known) for name in methods]
+    scopes_of = [_own_scopes(name, method, known) for name, method in zip(methods, chosen, strict=True)]
     ratios = list(dict.fromkeys(ratios))
     options = options or RoundOptions()
     chosen_strategies = list(dict.fromkeys(map(_strategy, strategies)))
@@ -220,9 +220,14 @@ def _named(name: str) -> Method:
         raise InputError(f"--methods: {error}") from error
 
 
-def _own_scopes(name: str, scopes: Sequence[Scope]) -> Sequence[Scope]:
+def _own_scopes(name: str, method: Method, scopes: Sequence[Scope]) -> Sequence[Scope]:
+    """The one that stands behind the method's name, or those that are asked for and it has an answer for."""
     _, at, scope = name.partition("@")
-    return [_scope(scope, f"--methods {name}")] if at else scopes
+    asked = [_scope(scope, f"--methods {name}")] if at else scopes
+    own = [one for one in asked if method.scope in (None, one)]
+    if not own:
+        method.check_scope(asked[0])
+    return own
 
 
 def _scope(name: str, option: str = "--scopes") -> Scope:

@@ -50,11 +50,16 @@ def leave(message: str, children: Iterable[Popen[Any]] = ()) -> NoReturn:
         time.sleep(PATIENCE)
         message = f"rank {rank}: {message}"
     print(f"lightning-moe: {message}", file=sys.stderr, flush=True)
+    stop(2, children)
+
+
+def stop(code: int, children: Iterable[Popen[Any]] = ()) -> NoReturn:
+    """End with this exit code, and so the ranks that this one started."""
     for child in children:
         child.kill()  # on GPUs they might wait for this one for half an hour
     if _several():
-        os._exit(2)  # an ordinary end would wait for processes that are gone
-    sys.exit(2)
+        os._exit(code)  # an ordinary end would wait for processes that are gone
+    sys.exit(code)
 
 
 def part() -> None:

@@ -54,9 +54,9 @@ def prune_in_rounds(
     shapes = layer_shapes(path)
     options.check()
     if method.one_cut is not None:
+        later = "" if method.weights is not None else ", and tune the model it writes with `fit`"
         raise InputError(
-            f"--method {method.name}: it {method.one_cut}, in one cut; leave out --rounds and --finetune_tokens, and "
-            "tune the model it writes with `fit`."
+            f"--method {method.name}: it {method.one_cut}, in one cut; leave out --rounds and --finetune_tokens{later}."
         )
     if data.path is None:
         raise InputError("rounds estimate anew each time, so they need text: give --data.path.")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from typing_extensions import override
 
 from lightning_moe.cli.cluster import Cluster
-from lightning_moe.cli.leaving import GO_ON, failed_write, leave, lost_rank, part
+from lightning_moe.cli.leaving import GO_ON, failed_write, leave, lost_rank, part, stop
 from lightning_moe.cli.plugins import load_plugins
 from lightning_moe.cli.trainer import MoETrainer
 from lightning_moe.data.datamodule import TextDataModule
@@ -146,7 +146,7 @@ def _children() -> list[Popen[Any]]:
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
     """Stop at once and say so by the exit code: Lightning, which keeps this handler beside its own, leaves by 0."""
-    sys.exit(128 + signum)
+    stop(128 + signum, _children())
 
 
 def _bare(words: list[str], place: int) -> bool:

@@ -94,15 +94,23 @@ class Method:
         """The statistics that it looks at."""
         return job.gradient_stats if self.gradients else job.stats
 
+    @property
+    def scope(self) -> Scope | None:
+        """The only one that it has an answer for; None where it has for all."""
+        if self.drops != "experts":
+            return "global"
+        return "layer" if self.chooses_sets else None
+
     def check_scope(self, scope: Scope) -> None:
         """Raise ``InputError`` for a scope that the method has no answer for."""
-        if self.chooses_sets and scope != "layer":
+        if self.scope in (None, scope):
+            return
+        if self.chooses_sets:
             raise InputError(
                 f"--scope {scope}: {self.name} chooses a set of experts for each layer, which is no order over all "
                 "layers; give --scope layer."
             )
-        if self.drops != "experts" and scope != "global":
-            raise InputError(f"--scope {scope}: {self.name} drops whole layers, chosen among all; give --scope global.")
+        raise InputError(f"--scope {scope}: {self.name} drops whole layers, chosen among all; give --scope global.")
 
     def run(self, job: Job, ratio: float, seed: int | None, folder: Path) -> ExpertScores:
         """Score all experts; of ``ratio`` and ``seed`` it is given what it depends on."""

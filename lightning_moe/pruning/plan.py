@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning_moe.errors import InputError
+from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.files import write_json
 from lightning_moe.moe.checkpoints import same_model
 from lightning_moe.moe.layers import LayerShape
@@ -16,6 +16,8 @@ from lightning_moe.moe.merged_experts import NO_MERGE, Merge, Router, check_merg
 from lightning_moe.moe.surgery import check_keep
 
 VERSION = 1
+KEYS = ("version", "model_id", "data_fingerprint", "made_by", "keep", "blocks", "merge", "align", "router")
+"""What a file may hold."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,16 @@ def load_plan(file: Path) -> PruningPlan:
         value = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--plan {file}: not JSON ({error}).") from error
+    if isinstance(value, dict) and "blocks" in value:
+        value.setdefault("keep", {})
     if not isinstance(value, dict) or not isinstance(value.get("keep"), dict):
         raise InputError(f'--plan {file}: no `keep` in it; expected {{"keep": {{"model.layers.0.mlp": [0, 2, ...]}}}}.')
     if value.get("version", VERSION) != VERSION:
         raise InputError(f"--plan {file}: version {value['version']}, this program reads {VERSION}.")
     if not isinstance(value.get("model_id"), str | None):
         raise InputError(f"--plan {file}: model_id must be a name, not {value['model_id']!r}; its line can be deleted.")
+    for name in value.keys() - KEYS:
+        raise InputError(f"--plan {file}: Unknown key {name!r}.{did_you_mean(name, KEYS)} Known: {', '.join(KEYS)}.")
     for name, ids in value["keep"].items():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise InputError(f"--plan {file}: {name}: expected a list of expert ids, found {ids!r}.")

@@ -105,7 +105,7 @@ class ExpertScan:
                     for expert, (changed_B, run) in enumerate(zip(changed_EB, run_E.tolist(), strict=True))
                 ]
                 self.sums[layer.name] += torch.stack(sums_E).cpu()
-                self.sums[WORK][1] += changed_EB.numel() * last
+                self.sums[WORK][1] += len(changed_EB) * int((count_B > 0).sum()) * last  # rows that fill up aside
         self.inputs.forget()
         self._replays = {}
 

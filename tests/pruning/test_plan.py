@@ -277,3 +277,13 @@ def test_agreement_of_layers_that_both_name() -> None:
     assert agreement({"a": [0], "b": [0]}, {"b": [0, 1], "c": [5]}) == {"b": 0.5, "all": 0.5}
     assert agreement({"a": [0]}, {"c": [5]}) == {"all": 1.0}
     assert agreement({"a": [], "b": [0]}, {"a": [], "b": [1]}) == {"a": 1.0, "b": 0.0, "all": 0.0}
+
+
+def test_a_file_may_name_only_blocks_and_no_unknown_key(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text('{"blocks": ["model.layers.1.mlp"]}')
+    plan = load_plan(file)
+    assert (plan.keep, plan.blocks) == ({"model.layers.1.mlp": []}, ["model.layers.1.mlp"])
+    file.write_text('{"keep": {"model.layers.0.mlp": [0, 1]}, "block": ["model.layers.1.mlp"]}')
+    with pytest.raises(InputError, match="Did you mean 'blocks'"):
+        load_plan(file)

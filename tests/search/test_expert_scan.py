@@ -97,7 +97,7 @@ def test_only_what_changes_is_run(family: str, renormalised: bool) -> None:
     for index, sent_E in enumerate(routed_rows(model, batch).values()):
         assert int((sent_E < 4).sum()) > 0  # else the case says nothing
         run += (2 - index) * (int(sent_E.sum()) if renormalised else 4 * NUM_EXPERTS)  # one is blank
-    assert found.work == pytest.approx(run / (2 * 2 * NUM_EXPERTS * 5))
+    assert found.work == pytest.approx(run / (2 * 2 * NUM_EXPERTS * 4))
 
 
 def test_sums_go_on_where_they_were_saved_and_batches_add_up() -> None:
