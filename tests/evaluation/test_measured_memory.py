@@ -83,7 +83,8 @@ def arguments(job: Job, model: Path, text: Path, out: Path, ranks: int) -> list[
     args += ["--data.samples", 2 * WINDOWS * ranks]
     args += ["--trainer.strategy", "moe_fsdp", "--trainer.devices", ranks] if ranks > 1 else []
     if job == "tune all":
-        args = ["fit", *args, "--trainer.max_steps", 2, "--trainer.logger", "false"]
+        # Before it validates, Lightning lets go of the gradients; a save between steps finds them.
+        args = ["fit", *args, "--trainer.max_steps", 2, "--trainer.logger", "false", "--trainer.limit_val_batches", 0]
         args += ["--trainer.default_root_dir", out, "--trainer.enable_model_summary", "false"]
     else:
         args = [job, *args, "--out", out / job, *(["--updates", 2] if job == "search" else [])]
