@@ -17,7 +17,7 @@ from lightning_moe.moe.surgery import check_keep
 
 VERSION = 1
 KEYS = ("version", "model_id", "data_fingerprint", "made_by", "keep", "blocks", "merge", "align", "router")
-"""What a file may hold."""
+"""What is read of a file."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ def load_plan(file: Path) -> PruningPlan:
         raise InputError(f"--plan {file}: version {value['version']}, this program reads {VERSION}.")
     if not isinstance(value.get("model_id"), str | None):
         raise InputError(f"--plan {file}: model_id must be a name, not {value['model_id']!r}; its line can be deleted.")
-    for name in value.keys() - KEYS:
-        raise InputError(f"--plan {file}: Unknown key {name!r}.{did_you_mean(name, KEYS)} Known: {', '.join(KEYS)}.")
+    for name in value.keys() - KEYS:  # people may keep notes in it, but a misspelt key would be passed over
+        near = did_you_mean(name, KEYS)
+        if near:
+            raise InputError(f"--plan {file}: Unknown key {name!r}.{near} Known: {', '.join(KEYS)}.")
     for name, ids in value["keep"].items():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise InputError(f"--plan {file}: {name}: expected a list of expert ids, found {ids!r}.")
