@@ -14,7 +14,7 @@ from benchmarks import (
     skipping,
 )
 
-for benchmark in (
+BENCHMARKS = (
     observe,
     compare_shared,
     gates,
@@ -26,5 +26,8 @@ for benchmark in (
     finetune,
     gradient_criteria,
     fsdp,
-):
-    benchmark.main()
+)
+
+if __name__ == "__main__":
+    for benchmark in BENCHMARKS:
+        benchmark.main()

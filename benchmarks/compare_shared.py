@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from benchmarks.ratios import median_ratio, report
+from benchmarks.ratios import QUIET, median_ratio, report
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.main import quiet
 from lightning_moe.cli.methods import get_method
@@ -38,12 +38,9 @@ def scores(names: Sequence[str]) -> dict[str, ExpertScores]:
     """Of these methods, by one model, one text and one pass."""
     path = str(REFERENCE / "model")
     trainer = Trainer(
-        accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
+        **QUIET,
     )
     data = TextDataModule(str(REFERENCE / "text" / "calibration"), tokenizer=path, samples=WINDOWS)
     model = MoECausalLM(path, dtype="float32")

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from benchmarks.observe import SETTINGS, TOKENS, random_model
-from benchmarks.ratios import peak_resident, report
+from benchmarks.ratios import QUIET, peak_resident, report
 from lightning_moe.modules.causal_lm import Batch, MoECausalLM, next_token_loss
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.search.diep import DiEPSearch
@@ -84,13 +84,10 @@ def batches(count: int) -> list[Batch]:
 
 def fit(model: MoECausalLM, steps: int, callbacks: list[Callback]) -> None:
     trainer = Trainer(
-        accelerator="cpu",
         max_steps=steps,
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=callbacks,
+        **QUIET,
     )
     trainer.fit(DiEPSearch(model, updates=steps), DataLoader(batches(steps), batch_size=None))  # type: ignore[arg-type]
 

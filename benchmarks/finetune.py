@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.diep_step import batches
 from benchmarks.observe import SETTINGS, random_model
-from benchmarks.ratios import peak_resident, report
+from benchmarks.ratios import QUIET, peak_resident, report
 from lightning_moe.callbacks import ExpertPruning, ExpertUsageMonitor, RouterRebalance
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.layers import find_moe_layers
@@ -63,14 +63,11 @@ def fit(module: MoECausalLM, steps: int, *callbacks: Callback) -> float:
     """The mean step."""
     timer = StepTimer()
     trainer = Trainer(
-        accelerator="cpu",
         max_steps=steps,
         logger=CSVLogger(tempfile.mkdtemp()),
         log_every_n_steps=2,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[*callbacks, timer],
+        **QUIET,
     )
     trainer.fit(module, DataLoader(batches(steps), batch_size=None))  # type: ignore[arg-type]
     return timer.mean

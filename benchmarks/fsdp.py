@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
 from benchmarks.finetune import WARMUP, StepTimer
-from benchmarks.ratios import report, seconds_of
+from benchmarks.ratios import QUIET, report, seconds_of
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import new_model, save_model
 from lightning_moe.moe.decoder_layers import decoder_layers
@@ -98,16 +98,13 @@ def fit(module: LightningModule, steps: int, strategy: Any) -> StepTimer:
     timer = StepTimer()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     trainer = Trainer(
-        accelerator="cpu",
         devices=ranks,
         strategy=strategy,
         max_steps=steps,
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         callbacks=[timer],
+        **QUIET,
     )
     trainer.fit(module, DataLoader(batches(steps, ranks, rank), batch_size=None))  # type: ignore[arg-type]
     return timer

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.diep_step import batches, prepared
 from benchmarks.observe import SETTINGS
-from benchmarks.ratios import report, seconds_of
+from benchmarks.ratios import QUIET, report, seconds_of
 from lightning_moe.modules.causal_lm import Batch, MoECausalLM, next_token_loss
 from lightning_moe.modules.gradient_pass import GradientPass
 from lightning_moe.moe.non_uniform import stacked_parameters
@@ -69,13 +69,10 @@ def ratio(setting: tuple[int, int, int], steps: int) -> float:
     model = prepared(setting)
     beside, sums = FloorBeside(model), GradientSums(model.moe_layers)
     trainer = Trainer(
-        accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         inference_mode=False,
         callbacks=[beside],
+        **QUIET,
     )
     text = [{name: tensor[:WINDOWS] for name, tensor in batch.items()} for batch in batches(steps + 1)]
     loader = DataLoader(text, batch_size=None)  # type: ignore[arg-type]

@@ -9,6 +9,15 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Trainer that does nothing beside its loop."""
 
 
 def median_ratio(ours: Callable[[], object], floor: Callable[[], object], repeats: int, warmup: int = 2) -> float:

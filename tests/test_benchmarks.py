@@ -6,29 +6,16 @@ import re
 
 import pytest
 
-from benchmarks import (
-    compare_shared,
-    diep_step,
-    finetune,
-    fsdp,
-    gates,
-    gradient_criteria,
-    naee,
-    observe,
-    prune_save,
-    scan,
-    skipping,
-)
+from benchmarks import gates, naee, prune_save
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.ratios import median_ratio
 
-LONG = [
-    pytest.param(benchmark, marks=pytest.mark.scale)
-    for benchmark in (observe, compare_shared, diep_step, skipping, scan, finetune, gradient_criteria, fsdp)
-]
+QUICK = [gates, naee, prune_save]
+LONG = [pytest.param(one, marks=pytest.mark.scale) for one in BENCHMARKS if one not in QUICK]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [gates, naee, prune_save, *LONG])
+@pytest.mark.parametrize("benchmark", [*QUICK, *LONG])
 def test_prints_name_ratio_and_goal(benchmark: object, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(repeats=1)  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()

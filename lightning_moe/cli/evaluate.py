@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_moe.callbacks.guests import guests
 from lightning_moe.cli.request import asked_data, asked_model, checkpoint_size, model_path, refuse_less_text
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import known_stats
@@ -50,11 +51,8 @@ def evaluate(
         store_entry(model.network.config, entry)
         refresh_skipping(model.network)
     count = SkipCount()
-    trainer.callbacks.append(count)  # type: ignore[attr-defined]
-    try:
+    with guests(trainer, count):
         figures = measure(trainer, model, data)
-    finally:
-        trainer.callbacks.remove(count)  # type: ignore[attr-defined]
     if not trainer.is_global_zero:
         return None
     run.begin()

@@ -183,5 +183,5 @@ def _stored(file: Path, identity: str, precision: str, fingerprint: str) -> Mode
     if not file.is_file():
         return None
     stats = load_stats(file)
-    same = same_model(stats.model_id, identity) and not any(layer.layer_cosine.isnan() for layer in stats.layers)
+    same = same_model(stats.model_id, identity) and stats.has_cosines
     return stats if same and (stats.data_fingerprint, stats.dtype) == (fingerprint, precision) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
+from lightning_moe.callbacks.guests import guests
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.modules.causal_lm import MoECausalLM
 
@@ -19,15 +20,13 @@ def watch_text(
 
     ``partial`` is where the watcher saves; one who stops the pass is told when that holds something.
     """
-    trainer.callbacks.append(watcher)  # type: ignore[attr-defined]
     try:
-        trainer.predict(model, datamodule=data, return_predictions=False)
+        with guests(trainer, watcher):
+            trainer.predict(model, datamodule=data, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):
         if partial is not None and any(partial.glob("*")) and trainer.is_global_zero:
             print("Stopped; the same command goes on from the last save.", file=sys.stderr)
         raise
-    finally:
-        trainer.callbacks.remove(watcher)  # type: ignore[attr-defined]
 
 
 def start_at(trainer: Trainer, data: TextDataModule) -> Callable[[int], None]:

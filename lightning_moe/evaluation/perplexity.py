@@ -12,6 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
+from lightning_moe.callbacks.guests import guests
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -66,12 +67,8 @@ def measure(trainer: Trainer, model: MoECausalLM, data: TextDataModule) -> dict[
     model.prepare(trainer)
     check_vocabulary(model, data)
     timer, monitor = BatchTimer(), ExpertUsageMonitor()
-    trainer.callbacks += [timer, monitor]  # type: ignore[attr-defined]
-    try:
+    with guests(trainer, timer, monitor):
         trainer.validate(model, datamodule=data, verbose=False)
-    finally:
-        for callback in (timer, monitor):
-            trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     prefix = "validate/perplexity"
     if not math.isfinite(logged[prefix]):

@@ -14,11 +14,10 @@ from lightning_moe.moe.decoder_layers import renumbered
 from lightning_moe.moe.merged_experts import Groups
 from lightning_moe.moe.neuron_order import NeuronAxis
 from lightning_moe.moe.tensor_reader import opened
-from lightning_moe.moe.weight_shards import LAYER
+from lightning_moe.moe.weight_shards import LAYER, NUMBER
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 FIRST = ".experts.0."
-NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)

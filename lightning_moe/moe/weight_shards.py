@@ -13,8 +13,11 @@ from torch import Tensor
 SHARD_BYTES = 4 << 30
 """Largest weight file written, and about the most memory used."""
 
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)\.")
-"""Decoder layer and component in the name of a tensor, on disk and in memory."""
+NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+"""Decoder layer in the name of a tensor, on disk and in memory."""
+
+LAYER = re.compile(NUMBER.pattern + r"(\w+)\.")
+"""The same with the component after it."""
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -25,11 +25,11 @@ def layer_scores(stats: ModelStats, method: str, drops: Literal["layers", "block
 
     Raises ``InputError`` for statistics of an older version, which have no cosines.
     """
+    if not stats.has_cosines:
+        raise InputError("these statistics are of an older version and know no cosines; score again (--overwrite).")
     similarity = {}
     for layer in stats.layers:
         total = layer.layer_cosine if drops == "layers" else layer.block_cosine
-        if bool(total.isnan()):
-            raise InputError("these statistics are of an older version and know no cosines; score again (--overwrite).")
         similarity[layer.shape.name] = float(total / layer.tokens.clamp(min=1))
     shapes = [layer.shape for layer in stats.layers]
     scores = {

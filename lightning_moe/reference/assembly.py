@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from lightning_moe.callbacks.expert_observation import ExpertObservation
+from lightning_moe.callbacks.guests import guests
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.files import replaced_folder
@@ -57,8 +58,8 @@ def _measure(model_folder: Path, validation: Path) -> dict[str, Any]:
     model = MoECausalLM(str(model_folder))
     figures = measure(trainer, model, text)
     observation = ExpertObservation()
-    trainer.callbacks.append(observation)  # type: ignore[attr-defined]
-    trainer.predict(model, datamodule=text, return_predictions=False)
+    with guests(trainer, observation):
+        trainer.predict(model, datamodule=text, return_predictions=False)
     shares = [layer.count_E / layer.count_E.sum() * layer.shape.num_experts for layer in observation.layers]
     load = torch.stack(shares)
     figures |= {"least_load": load.min(1).values.tolist(), "most_load": load.max(1).values.tolist()}

@@ -38,6 +38,11 @@ class ModelStats:
         """Whether all layers have figures of gradients."""
         return all(layer.has_gradients for layer in self.layers)
 
+    @property
+    def has_cosines(self) -> bool:
+        """Whether all layers have the cosines of the residual stream, which older files lack."""
+        return not any(bool(layer.layer_cosine.isnan()) for layer in self.layers)
+
     def save(self, file: Path) -> None:
         names = (*TENSORS, *(GRADIENTS if self.has_gradients else ()))
         tensors = {
