@@ -17,7 +17,7 @@ from lightning_moe.moe.ranks import gathered
 class BatchSaves:
     """Sums of a pass over batches, a file for each rank and save.
 
-    Ranks save on their own, so a kill may leave them apart: a pass goes on from the last batch that all have saved.
+    A kill may come between the saves of two ranks: a pass goes on from the last batch that all have saved.
 
     Args:
         folder: Seen by all ranks; None saves nothing. Whoever gave it removes it once the result is safe.
@@ -50,7 +50,6 @@ class BatchSaves:
         earlier = self._files(trainer.global_rank)
         with replaced_file(self.folder / f"{self.name}-{trainer.global_rank}-{done}.safetensors") as beside:
             save_file(dict(sums), beside)
-        trainer.strategy.barrier()  # else a rank far ahead would keep none that the last one has
-        # Two saves stay: another rank may be one behind.
-        for one in sorted(earlier)[:-1]:
-            earlier[one].unlink()
+        trainer.strategy.barrier()  # the earlier one is what counts until all have this one
+        for file in earlier.values():
+            file.unlink()

@@ -37,7 +37,9 @@ def failed_write(error: BaseException) -> str | None:
 
 def lost_rank(error: BaseException) -> str | None:
     """What torch.distributed says of another process that does not answer, in a sentence; None of other errors."""
-    if not _several():
+    # While the group is forming there is no group yet, but errors of its own kind.
+    forming = torch.distributed.is_available() and isinstance(error, torch.distributed.DistError)
+    if not (forming or _several()):
         return None
     sentences = re.split(r"(?<=\w)\. |\n", re.sub(r"^\[\S+\] ", "", str(error)))
     return next((sentence for sentence in sentences if LOST.search(sentence)), None)

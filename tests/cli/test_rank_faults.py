@@ -33,17 +33,24 @@ def lottery(checkpoint: Path, text: Path, out: Path, tokens: int = 4096) -> list
     return [str(word) for word in ("prune", *data, *rounds, *TWO, "--out", out)]
 
 
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
 def torchrun(fault: str, words: list[str], **environment: object) -> subprocess.CompletedProcess[str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + ["-m", "tests.helpers.faulty_rank", fault, *words],
+        [sys.executable, *LAUNCH, "-m", "tests.helpers.faulty_rank", fault, *words],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=240,
         env=own | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()},
     )
+
+
+def tuning(out: Path) -> bool:
+    """Whether the first cut is made and measured, so that its model is being tuned or soon will be."""
+    return any("after_prune" in part.read_text() for part in out.glob(".partial/*/round-01/part.json"))
 
 
 def our_lines(run: subprocess.CompletedProcess[str]) -> list[str]:
@@ -83,11 +90,7 @@ def test_a_process_is_killed(checkpoint: Path, text: Path, undisturbed: Path, tm
     """In the midst of tuning, started by Lightning: no process is left, a line says why, the same command goes on."""
     out = tmp_path / "run"
     process = train_py(*lottery(checkpoint, text, out))
-
-    def tuning() -> bool:
-        return any("after_prune" in part.read_text() for part in out.glob(".partial/*/round-01/part.json"))
-
-    wait_for(tuning, process)
+    wait_for(lambda: tuning(out), process)
     children = psutil.Process(process.pid).children()
     (child,) = [one for one in children if "train.py" in " ".join(one.cmdline())]
     (child if victim == "second" else process).send_signal(signal.SIGKILL)
@@ -100,6 +103,29 @@ def test_a_process_is_killed(checkpoint: Path, text: Path, undisturbed: Path, tm
     assert "Traceback" not in said
     nothing_half_written(out)
     again = train_py(*lottery(checkpoint, text, out))
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    same_ends(out, undisturbed)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_a_job_is_told_to_stop(checkpoint: Path, text: Path, undisturbed: Path, tmp_path: Path, launcher: str) -> None:
+    """By TERM, as a scheduler does: all its processes end soon, none with a traceback; the same command goes on."""
+    out = tmp_path / "run"
+    words = lottery(checkpoint, text, out)
+    process = train_py(*words, launch=LAUNCH if launcher == "torchrun" else ())
+    wait_for(lambda: tuning(out), process)
+    ranks = [process, *psutil.Process(process.pid).children()]
+    process.terminate()
+    _, said = process.communicate(timeout=60)  # the pipes are open while any of them lives
+    psutil.wait_procs(ranks[1:], timeout=10)
+    assert not any(rank.is_running() for rank in ranks[1:])
+    assert process.returncode == (128 + signal.SIGTERM if launcher == "lightning" else 1)
+    of_ranks = said.partition("torch/distributed/run.py")[0]  # torchrun's own farewell is a traceback
+    assert "Error" not in of_ranks and (launcher == "torchrun" or "Traceback" not in said), said
+    nothing_half_written(out)
+    again = train_py(*words)
     _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     same_ends(out, undisturbed)

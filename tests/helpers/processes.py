@@ -6,18 +6,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
-def train_py(*args: object, **kwargs: Any) -> subprocess.Popen[str]:
-    """Start the program; what a test of this process left in the environment does not reach it."""
+def train_py(*args: object, launch: Sequence[str] = (), **kwargs: Any) -> subprocess.Popen[str]:
+    """Start the program, by ``launch`` if given; what a test of this process left in the environment stays here."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, args)],
+        [sys.executable, *launch, str(ROOT / "train.py"), *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
