@@ -22,17 +22,18 @@ def decoder_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(f"{path}.{number}")
 
 
-def decoder_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list that holds the MoE blocks, and its path."""
+def decoder_path(model: nn.Module) -> str:
+    """Where the list of decoder layers is in a model: the one that holds the MoE blocks."""
     path, _ = _place(find_moe_layers(model)[0].name)
+    return path
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's decoder layers, dense layers too."""
+    path = decoder_path(model)
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList), f"{path} is no list of layers"
-    return path, layers
-
-
-def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The model's decoder layers by number, dense layers too."""
-    return dict(enumerate(decoder_list(model)[1]))
+    return layers
 
 
 def _place(name: str) -> tuple[str, int]:
@@ -48,7 +49,7 @@ def renumbered(index: int, dropped: Collection[int]) -> int:
 
 def drop_decoder_layers(model: nn.Module, dropped: Collection[int]) -> None:
     """Take decoder layers out of ``model`` and tell the others their new numbers; the config is left as it is."""
-    _, layers = decoder_list(model)
+    layers = decoder_layers(model)
     length = len(layers)
     for index in sorted(dropped, reverse=True):
         del layers[index]

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_moe.moe.decoder_layers import decoder_list
-from lightning_moe.moe.stand_ins import StandIn, as_given, standing_in, tuple_size
+from lightning_moe.moe.decoder_layers import decoder_layers
+from lightning_moe.moe.hidden_states import as_given, given_back, taken, tuple_size
+from lightning_moe.moe.stand_ins import StandIn, standing_in
 
 
 class LayerInputs:
@@ -28,7 +29,7 @@ class LayerInputs:
     """
 
     def __init__(self, model: nn.Module, numbers: Iterable[int]) -> None:
-        _, self.layers = decoder_list(model)
+        self.layers = decoder_layers(model)
         self.numbers = sorted({*numbers})
         self._inputs: dict[int, Tensor] = {}
         self._sizes: list[int | None] = [None] * len(self.layers)
@@ -47,7 +48,7 @@ class LayerInputs:
 
     def _keeper(self, number: int) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inputs[number] = args[0] if args else kwargs["hidden_states"]
+            self._inputs[number] = taken(args, kwargs)
 
         return before
 
@@ -55,7 +56,7 @@ class LayerInputs:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._sizes[number] = tuple_size(output)
             if number == len(self.layers) - 1:
-                self._inputs[len(self.layers)] = output if isinstance(output, Tensor) else output[0]
+                self._inputs[len(self.layers)] = given_back(output)
 
         return after
 

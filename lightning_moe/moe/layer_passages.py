@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.moe.decoder_layers import decoder_list
+from lightning_moe.moe.decoder_layers import decoder_layers
+from lightning_moe.moe.hidden_states import as_given, given_back, put_back, tuple_size
 from lightning_moe.moe.live_bytes import LiveBytes
-from lightning_moe.moe.stand_ins import StandIn, as_given, standing_in, tuple_size
+from lightning_moe.moe.stand_ins import StandIn, standing_in
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def trace_step(model: nn.Module, step: Step) -> list[StepBytes]:
     Of decoder layers that are alike one is run, the first aside: it is given what no gradient may be asked for. The
     rest hand on what they are given.
     """
-    _, layers = decoder_list(model)
+    layers = decoder_layers(model)
     kinds = [_kind(layer) for layer in layers]
     samples = [0, *(kinds.index(kind, 1) for kind in kinds[1:])]
     roots = {id(parameter) for parameter in model.parameters()}
@@ -160,9 +161,9 @@ class _Watched(StandIn):
             hidden = _Boundary.apply(hidden, self._leave)  # type: ignore[no-untyped-call]
             result = self.layer(hidden, *args, **kwargs)
             watch.tuple_size = tuple_size(result)
-            output = result[0] if isinstance(result, tuple) else result
+            output = given_back(result)
             output = _Boundary.apply(output, self._enter)  # type: ignore[no-untyped-call]
-            result = (output, *result[1:]) if isinstance(result, tuple) else output
+            result = put_back(result, output)
             del hidden, output
         if self.last:
             watch.mark("head")

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_moe.errors import InputError, first_line
 from lightning_moe.moe.checkpoints import new_model
-from lightning_moe.moe.decoder_layers import LENGTH_NAME, NUMBER_NAMES, decoder_list, renumbered
+from lightning_moe.moe.decoder_layers import LENGTH_NAME, NUMBER_NAMES, decoder_layers, decoder_path, renumbered
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.skipping import CONFIG_KEY
 
@@ -45,7 +45,7 @@ def settings_without(config: PreTrainedConfig, dropped: Collection[int]) -> dict
     """
     plain = _without_counts(config)
     model = _blank(plain)
-    path, layers = decoder_list(model)
+    path, layers = decoder_path(model), decoder_layers(model)
     with_experts = {layer.parts.index for layer in find_moe_layers(model)}
     text, length = plain.get_text_config(), len(layers)
     changed = _changed(text, length, dropped, with_experts)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_moe.moe.decoder_layers import decoder_of
+from lightning_moe.moe.hidden_states import put_back, taken
 from lightning_moe.moe.layers import MoELayer
 from lightning_moe.moe.non_uniform import no_experts_for
 
@@ -44,5 +45,4 @@ def _block_left_out(model: nn.Module, layer: MoELayer) -> Iterator[None]:
 
 
 def _hand_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    given = args[0] if args else next(iter(kwargs.values()))
-    return (given, *output[1:]) if isinstance(output, tuple) else given
+    return put_back(output, taken(args, kwargs))

@@ -50,8 +50,8 @@ def load_sharded(
         )
         moe_layers, layers = find_moe_layers(model), decoder_layers(model)
         routers = [layer.router for layer in moe_layers]
-        names = _by_layer(stored, layers)
-        for index, layer in layers.items():
+        names = _by_layer(stored, range(len(layers)))
+        for index, layer in enumerate(layers):
             _fill(model, layer, {name: stored[name] for name in names.get(index, ())}, loading, path)
             _check_there([name for name, tensor in _named(model, layer) if tensor.is_meta], path)
             if prepare is not None:
@@ -81,7 +81,7 @@ def _dtype(asked: str, configured: torch.dtype | None, stored: Stored) -> torch.
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
 
-def _by_layer(stored: Stored, layers: Mapping[int, nn.Module]) -> dict[int | None, list[str]]:
+def _by_layer(stored: Stored, layers: Collection[int]) -> dict[int | None, list[str]]:
     """Names on disk by the decoder layer they belong to, None for what belongs to none."""
     names: dict[int | None, list[str]] = {None: []}
     for name in stored:

@@ -59,7 +59,7 @@ class Sharding:
     def shard(self, model: PreTrainedModel) -> None:
         """Split a model that lies in memory as a whole."""
         routers = [layer.router for layer in find_moe_layers(model)]
-        for layer in decoder_layers(model).values():
+        for layer in decoder_layers(model):
             self.shard_layer(layer, routers)
         self.shard_rest(model, routers)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class StandIn(nn.Module):
@@ -34,13 +34,3 @@ def standing_in(layers: nn.ModuleList, others: Mapping[int, nn.Module]) -> Itera
     finally:
         for number, layer in stock.items():
             layers[number] = layer
-
-
-def tuple_size(result: Any) -> int | None:
-    """Of what a decoder layer gives; None where that is a tensor."""
-    return len(result) if isinstance(result, tuple) else None
-
-
-def as_given(hidden: Tensor, size: int | None) -> Any:
-    """What a layer would give that gives tuples of this size: hidden states and nothing beside."""
-    return hidden if size is None else (hidden, *(None,) * (size - 1))

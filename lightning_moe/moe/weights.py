@@ -65,7 +65,7 @@ def weights_of(model: PreTrainedModel) -> list[Weight]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, nn.Embedding)
     tied = isinstance(head, nn.Module) and any(p is embedding.weight for p in head.parameters())
-    number_of = {id(p): index for index, layer in decoder_layers(model).items() for p in layer.parameters()}
+    number_of = {id(p): index for index, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
     made = _making_order(model)
     return [
         Weight(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.moe.hidden_states import taken
 from lightning_moe.moe.layers import LayerShape, MoELayer
 from lightning_moe.moe.ranks import sum_over_ranks
 from lightning_moe.moe.router_replay import RouterReplay, record_replays
@@ -72,7 +73,7 @@ class CachedOutputs:
             self._replay = replay
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = taken(args, kwargs)
             with torch.no_grad():
                 self._add(hidden.reshape(-1, hidden.shape[-1]))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.moe.decoder_layers import decoder_of
+from lightning_moe.moe.hidden_states import given_back, taken
 from lightning_moe.moe.layers import MoELayer
 
 Record = Callable[[MoELayer, Tensor, Tensor], None]
@@ -55,28 +56,22 @@ class _Watch:
                 handle.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._entered = _hidden(args, kwargs)
+        self._entered = taken(args, kwargs)
 
     def _pass_child(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is not self.layer.parts.block and (args or kwargs):
-            self._last = _hidden(args, kwargs), output
+            self._last = taken(args, kwargs), output
 
     def _reach_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given, (taken, made) = _hidden(args, kwargs), self._last
-        self._between = taken if given is made else given
+        given, (before, made) = taken(args, kwargs), self._last
+        self._between = before if given is made else given
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        left = output[0] if isinstance(output, tuple) else output
+        left = given_back(output)
         with torch.no_grad(), torch.autocast(left.device.type, enabled=False):
             self.record(self.layer, _cosine(self._between, left), _cosine(self._entered, left))
         self._entered = self._between = torch.empty(0)
         self._last = self._entered, None
-
-
-def _hidden(args: Any, kwargs: Any) -> Tensor:
-    """The hidden states a module is given: its first argument, by whatever name."""
-    given: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return given
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:

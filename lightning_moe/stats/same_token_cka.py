@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.decoder_layers import decoder_layers
+from lightning_moe.moe.hidden_states import taken
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
 from lightning_moe.moe.ranks import sum_over_ranks
 from lightning_moe.moe.sharding import gathered_weights
@@ -90,7 +91,7 @@ class SameTokenCKA:
 
         def keeper(layer: MoELayer) -> Callable[..., None]:
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]
+                hidden = taken(args, kwargs)
                 self._keep(layer.name, hidden.reshape(-1, hidden.shape[-1]).detach())
 
             return before

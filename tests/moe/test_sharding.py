@@ -327,5 +327,5 @@ def test_weights_in_the_memory_of_the_cpu(tmp_path: Path) -> None:
 def test_decoder_layers_are_all_of_them() -> None:
     """Dense ones too, which hold no experts."""
     model = tiny_model("deepseek_v2")
-    assert list(decoder_layers(model)) == [0, 1, 2]
+    assert len(decoder_layers(model)) == 3
     assert len(find_moe_layers(model)) == 2
