@@ -55,7 +55,8 @@ def resolve(path: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"--model.path {path}: no config.json in it, so this is no model folder.")
+            near = f" Did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
+            raise InputError(f"--model.path {path}: no config.json in it, so this is no model folder.{near}")
         return folder
     if folder.exists():
         raise InputError(f"--model.path {path}: a file; give the folder that holds config.json.")
