@@ -52,6 +52,18 @@ def test_the_tour_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert plans[0] == plans[1]
 
 
+def test_the_plan_in_the_readme_fits_the_bundled_model(tmp_path: Path) -> None:
+    from lightning_moe.moe.checkpoints import layer_shapes
+    from lightning_moe.pruning.plan import load_plan
+    from lightning_moe.reference import MODEL
+
+    (written,) = re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "plan.json").write_text(written)
+    plan = load_plan(tmp_path / "plan.json")
+    plan.check(layer_shapes(str(MODEL)), "")
+    assert [len(ids) for ids in plan.keep.values()] == [0, 4, 0] and plan.blocks == ["model.layers.4.mlp"]
+
+
 def test_every_criterion_is_in_the_readme_with_its_direction() -> None:
     from lightning_moe.criteria import criteria
 

@@ -54,7 +54,7 @@ class Comparison:
         self.trainer, self.data, self.validation, self.run = trainer, data, validation, run
         self.path, self.shapes = model_path(model), shapes
         self.job = Job(trainer, model, data, self._observed)
-        self._anew = anew
+        self._anew, self._norms_anew = anew, anew
         writes = trainer.is_global_zero
         self._cells = Records(run.folder / "cells", run.request, writes=writes, anew=anew)
         self._scores = Records(run.folder / "scores", run.request, writes=writes, anew=anew)
@@ -150,7 +150,7 @@ class Comparison:
 
     def _with_zeros(self, method: Method, seed: int | None) -> dict[str, Any]:
         """What the model is worth with some weights of all experts set to zero."""
-        model, made = zeroed_model(self.job, self.run, method, seed)
+        model, made = zeroed_model(self.job, self.run, method, seed, self._norms_anew)
         figures = measure(self.trainer, model, self.validation)
         return figures | derived_figures(figures, {}, self.path, self.shapes) | made
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lightning_moe.pruning.round_record import MOMENTS, RoundRecord
 
-NOT_SHOWN = ("version", "command", "repeated", "versions", "request", "methods", "models", "load", "layers")
+NOT_SHOWN = ("version", "command", "repeated", "beyond", "versions", "request", "methods", "models", "load", "layers")
 
 
 def show(out: str, results: Mapping[str, Any] | None) -> None:
@@ -28,7 +28,13 @@ def show(out: str, results: Mapping[str, Any] | None) -> None:
             table.add_row(name, _readable(value))
     console = Console(soft_wrap=True)
     console.print(table)
-    if results.get("repeated"):
+    if results.get("beyond"):
+        options = " and ".join(results["beyond"])
+        console.print(
+            f"All of this was carried out here before, and with {options} more than is asked now; --overwrite true "
+            "does what is asked, and leaves out the rest."
+        )
+    elif results.get("repeated"):
         console.print("This very request was carried out here before; --overwrite true does it again.")
     console.print(f"Results are in {out}, these figures in {out}/{results['command']}.json.", highlight=False)
 
@@ -83,6 +89,8 @@ def _moment(value: float | None) -> str:
 
 
 def _readable(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if type(value) is int else str(value)

@@ -215,7 +215,7 @@ def _strategy(name: str) -> Strategy:
 
 def _named(name: str) -> Method:
     try:
-        return get_method(name.partition("@")[0])
+        return get_method(name.partition("@")[0], get_args(Scope))
     except InputError as error:
         raise InputError(f"--methods: {error}") from error
 

@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from lightning_moe.cli.job import Job
 from lightning_moe.cli.naee import describe_search, drops_of, naee_sets
 from lightning_moe.cli.scan import SCAN, scan_experts, scan_scores
 from lightning_moe.cli.search import SearchRequest, importance_scores, run_search
-from lightning_moe.criteria import Criterion, Direction, criteria, get_criterion
+from lightning_moe.criteria import Criterion, Direction, criteria
 from lightning_moe.errors import InputError, did_you_mean
 from lightning_moe.moe.merged_experts import Merge
 from lightning_moe.moe.semi_structured import PATTERN, Rule
@@ -273,16 +273,20 @@ def register_method(method: Method) -> None:
     _REGISTERED.append(method)
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str, scopes: Sequence[str] = ()) -> Method:
     """Look up a method, or a criterion's lowest or highest, as ``ean-max``.
 
-    An unknown name is refused with the nearest known one.
+    An unknown name is refused with the nearest known one; ``scopes`` are those that the caller lets stand behind it.
     """
     known = {method.name: method for method in methods()}
-    base, _, end = name.rpartition("-")
-    turns = base in known and known[base].criterion and not known[base].seeded
-    if name not in known and turns and end in get_args(Direction):
-        return _of_criterion(get_criterion(base), cast(Direction, end))
+    both_ways = [one for one in criteria() if not known[one.name].seeded]
+    turned = {f"{one.name}-{end}": (one, end) for one in both_ways for end in get_args(Direction)}
+    if name not in known and name in turned:
+        return _of_criterion(*turned[name])
     if name not in known:
-        raise InputError(f"Unknown method '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
+        base, at, scope = name.partition("@")
+        names = [*known, *turned]
+        near = did_you_mean(base, [*names, *(f"{one}@{scope}" for one in names for scope in scopes)])
+        apart = f" A scope stands behind a name in `compare` alone; give --scope {scope}." if at else ""
+        raise InputError(f"Unknown method '{name}'.{near}{apart} Known: {', '.join(sorted(known))}.")
     return known[name]

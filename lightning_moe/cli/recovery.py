@@ -80,7 +80,10 @@ class Recovery:
                 f"--recovery.{changed[0]} {getattr(self, changed[0])}: router-kd trains the routers alone, and only "
                 "towards what the whole model said; leave it out."
             )
-        self.rebalance()
+        try:
+            self.rebalance()
+        except InputError as error:
+            raise InputError(f"--recovery.{str(error).removeprefix('RouterRebalance: ')}") from error
 
     def rebalance(self) -> RouterRebalance:
         if self.kind == "router-kd":  # the teacher says where tokens go; nothing else does

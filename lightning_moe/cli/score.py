@@ -61,12 +61,15 @@ def score(
     asked, stored = run.request, run.folder / "stats.safetensors"
     if run.finished:
         found = _stored(stored, asked["model_id"], asked["precision"], run.finished["data_fingerprint"])
-        wanted = {criterion.name for criterion in criteria() if criterion.gradients and gradients}
+        by_gradients = {criterion.name for criterion in criteria() if criterion.gradients}
+        wanted = by_gradients if gradients else set()
         before = run.finished.get("similarity_tokens", 0)
+        beyond = [] if gradients or not by_gradients & set(run.finished["methods"]) else ["--gradients"]
+        beyond += ["--similarity_tokens"] if before and not similarity_tokens else []
         similarity_tokens = similarity_tokens or before
         kept = methods_in(run.folder / "scores.json")  # another command may have written its own there
         if found is not None and wanted <= set(run.finished["methods"]) <= kept and similarity_tokens == before:
-            return run.finished
+            return run.finished | {"beyond": beyond}
     stats = observe(trainer, model, data, run, gradients, anew=overwrite)
     cka_AA, num_tokens = None, 0
     if similarity_tokens:
@@ -170,7 +173,13 @@ def _observed(
 def known_stats(stats_file: str, identity: str, shapes: Sequence[LayerShape]) -> ModelStats:
     """Statistics from a file, or from the run folder that holds one, if they are of this model."""
     file = Path(stats_file)
-    stats = load_stats(file / "stats.safetensors" if file.is_dir() else file)
+    if file.is_dir():
+        file = file / "stats.safetensors"
+        if not file.exists() and (file.parent / "scores.json").exists():
+            raise InputError(
+                f"--stats {stats_file}: it holds scores and no statistics; give `prune` --scores {stats_file}."
+            )
+    stats = load_stats(file)
     if not same_model(stats.model_id, identity) or [layer.shape for layer in stats.layers] != list(shapes):
         raise InputError(
             f"--stats {stats_file}: made for model {stats.model_id}, this is {identity}; score this model first."

@@ -18,18 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lightning_moe.errors import UNREADABLE, InputError, first_line
 from lightning_moe.files import looks_local, replaced_folder
-from lightning_moe.moe import non_uniform, skipping
+from lightning_moe.moe.expert_counts import set_counts
 from lightning_moe.moe.layers import LayerShape, check_unpacked, find_moe_layers
-from lightning_moe.moe.non_uniform import resize_moe_layers
+from lightning_moe.moe.non_uniform import experts_per_layer, resize_moe_layers
+from lightning_moe.moe.remote_code import add_modelling_file
 from lightning_moe.moe.skip_tables import refresh_skipping, stored_entry
-
-MODELLING_FILE = "modeling_non_uniform_moe.py"
-"""The name under which the code of a model that needs some lies beside its weights."""
-
-SKIPPING_FILE = "expert_skipping.py"
-"""The same, of what that code needs to skip experts."""
-
-CLASS_PREFIXES = ("NonUniform", "Skipping")
 
 WHOLE_BYTES, SAMPLE_BYTES = 1 << 20, 1 << 12
 """To tell two checkpoints apart: tensors up to the first size are read whole, larger ones at three places."""
@@ -62,7 +55,8 @@ def resolve(path: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"--model.path {path}: no config.json in it, so this is no model folder.")
+            near = f" Did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
+            raise InputError(f"--model.path {path}: no config.json in it, so this is no model folder.{near}")
         return folder
     if folder.exists():
         raise InputError(f"--model.path {path}: a file; give the folder that holds config.json.")
@@ -248,51 +242,9 @@ def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = Non
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
     """Write weights, configs and, where it is needed, the modelling file into an existing folder."""
+    if 0 in experts_per_layer(model.config).values():  # older versions said it so that stock transformers would load it
+        set_counts(model.config, {layer.parts.index: layer.num_experts for layer in find_moe_layers(model)})
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     add_modelling_file(config, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def add_modelling_file(config: dict[str, Any], folder: Path) -> None:
-    """Write the code that a model needs, if any, into ``folder`` and name it in ``config``; else undo both.
-
-    Layers of different sizes need code, and so does skipping experts. Stock transformers leaves it aside, so a
-    uniform model still loads there and does not skip.
-    """
-    holder = config.get("text_config", config)
-    file, skipping_file = folder / MODELLING_FILE, folder / SKIPPING_FILE
-    base = (config.get("architectures") or [""])[0]
-    for prefix in CLASS_PREFIXES:
-        base = base.removeprefix(prefix)
-    if base:
-        config["architectures"] = [base]
-    non_uniform_layers, entry = bool(holder.get("per_layer_config")), holder.get(skipping.CONFIG_KEY)
-    for old in (file, skipping_file):
-        old.unlink(missing_ok=True)
-    if not non_uniform_layers:
-        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
-            holder.pop(name, None)
-        if not (entry and entry["active"]):
-            if file.name.removesuffix(".py") in json.dumps(config.get("auto_map", {})):
-                del config["auto_map"]
-            return
-    name = f"{CLASS_PREFIXES[0 if non_uniform_layers else 1]}{base}"
-    config["auto_map"] = {"AutoModelForCausalLM": f"{file.name.removesuffix('.py')}.{name}"}
-    imported, attached = "", ""
-    if entry:
-        skipping_file.write_text(Path(skipping.__file__).read_text())
-        imported = f"\nfrom .{skipping_file.name.removesuffix('.py')} import attach_skipping  # noqa: E402\n"
-        attached = "        attach_skipping(self, {block.index: block.experts for block in find_blocks(self)})\n"
-    code = Path(non_uniform.__file__).read_text()
-    file.write_text(
-        f"{code}\n\nfrom transformers import {base}  # noqa: E402\n{imported}\n\n"
-        f"class {name}({base}):\n"
-        f'    """{base} with its own number of experts in each layer{", and skipping" if entry else ""}."""\n\n'
-        "    # transformers looks for a decorator in the file of the class, which stands in that of the base.\n"
-        "    _can_set_experts_implementation_cached_value = True\n\n"
-        "    def __init__(self, config: Any) -> None:\n"
-        "        super().__init__(config)\n"
-        "        resize_moe_layers(self)\n"
-        f"{attached}"
-    )

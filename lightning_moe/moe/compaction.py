@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig
 from lightning_moe.files import replaced_folder
 from lightning_moe.moe.block_cuts import find_cuts
 from lightning_moe.moe.checkpoints import (
-    add_modelling_file,
     load_model,
     resolve,
     skeleton,
@@ -24,14 +23,16 @@ from lightning_moe.moe.checkpoints import (
     write_model,
 )
 from lightning_moe.moe.decoder_layers import renumbered
+from lightning_moe.moe.expert_counts import drop_settings, set_counts
 from lightning_moe.moe.kept_tensors import check_types, kept_tensors, neuron_axes
 from lightning_moe.moe.layer_settings import settings_without
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.merged_experts import NO_MERGE, Merge, check_merge
 from lightning_moe.moe.non_uniform import COUNT_NAMES
+from lightning_moe.moe.remote_code import add_modelling_file
 from lightning_moe.moe.skip_tables import cut_entry, store_entry
 from lightning_moe.moe.skipping import CONFIG_KEY
-from lightning_moe.moe.surgery import check_keep, drop_settings, keep_experts, set_counts
+from lightning_moe.moe.surgery import check_keep, keep_experts
 from lightning_moe.moe.weight_shards import SHARD_BYTES, write_shards
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

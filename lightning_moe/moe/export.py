@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lightning_moe.files import replaced_folder
-from lightning_moe.moe.checkpoints import add_modelling_file, load_tokenizer, save_model
+from lightning_moe.moe.checkpoints import load_tokenizer, save_model
+from lightning_moe.moe.expert_counts import set_counts
 from lightning_moe.moe.layers import check_unpacked, find_moe_layers
 from lightning_moe.moe.non_uniform import per_expert_tensors
 from lightning_moe.moe.ranks import num_ranks, rank
+from lightning_moe.moe.remote_code import add_modelling_file
 from lightning_moe.moe.skip_tables import cut_entry, stored_entry
 from lightning_moe.moe.split_tensors import is_sharded, whole
-from lightning_moe.moe.surgery import set_counts
 from lightning_moe.moe.weight_shards import LAYER, write_shards
 
 

@@ -3,7 +3,8 @@
 This file needs nothing but torch and transformers: a copy of it travels with every non-uniform checkpoint, so that
 ``trust_remote_code=True`` loads one where lightning_moe is not installed. The counts stand in the config as
 transformers' own ``per_layer_config``; the stock model builds all layers alike, and ``resize_moe_layers`` then cuts
-each one to its count, before any weight is loaded. A count of 0 says that the whole block is gone.
+each one to its count, before any weight is loaded. A count of 0 says that the whole block is gone; the count for all
+layers is then one more than any has, or stock transformers would load the others and make up the block.
 """
 
 from __future__ import annotations
@@ -159,3 +160,12 @@ def resize_moe_layers(model: nn.Module) -> None:
             drop_block(model, block)
         elif count < have:
             keep_in_block(block, range(count))
+    set_common_count(model)
+
+
+def set_common_count(model: nn.Module) -> None:
+    """Tell the model itself how many experts its layers hold, where all agree: its own balance loss asks for it."""
+    counts = {stacked_parameters(block.experts)["down_proj"].shape[0] for block in find_blocks(model)}
+    for name in COUNT_NAMES:
+        if len(counts) == 1 and isinstance(getattr(model, name, None), int):
+            setattr(model, name, min(counts))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_moe.errors import InputError
 from lightning_moe.moe.decoder_layers import drop_decoder_layers, renumbered
+from lightning_moe.moe.expert_counts import drop_settings, set_counts
 from lightning_moe.moe.layer_settings import settings_without
 from lightning_moe.moe.layers import LayerShape, check_unpacked, find_moe_layers
 from lightning_moe.moe.merged_experts import NO_MERGE, LayerMerge, Merge, check_merge
-from lightning_moe.moe.non_uniform import COUNT_NAMES, drop_block, experts_per_layer, keep_in_block
+from lightning_moe.moe.non_uniform import drop_block, keep_in_block, set_common_count
 from lightning_moe.moe.skip_tables import cut_entry, refresh_skipping, stored_entry
 
 
@@ -107,51 +107,4 @@ def keep_experts(
     if stored_entry(model.config) is not None:
         cut_entry(model.config, {one.parts.index: keep[one.name] for one in layers if one.name in keep}, dropped)
         refresh_skipping(model)
-    left = {count for count in counts.values() if count}
-    if len(left) == 1:
-        for name in COUNT_NAMES:  # the model's own balance loss reads its count from the model
-            if isinstance(getattr(model, name, None), int):
-                setattr(model, name, min(left))
-
-
-def count_name(config: PreTrainedConfig) -> str:
-    """The name under which this config stores its number of experts (aliases aside)."""
-    stored = config.to_dict()
-    return next(name for name in COUNT_NAMES if isinstance(stored.get(name), int))
-
-
-def set_counts(config: PreTrainedConfig, counts: Mapping[int, int]) -> None:
-    """Write the number of experts of each MoE decoder layer into ``config``; 0 where the block is gone.
-
-    Layers that it says were dropped before stay so.
-    """
-    text_config = config.get_text_config()
-    gone = [index for index, count in experts_per_layer(config).items() if count == 0] + [
-        index for index, count in counts.items() if count == 0
-    ]
-    left = {index: count for index, count in counts.items() if count}
-    text_config.per_layer_config = None
-    vars(text_config).pop("allow_global_per_layer_attribute_access", None)
-    name = count_name(text_config)
-    uniform = len(set(left.values())) == 1
-    if uniform:
-        setattr(text_config, name, next(iter(left.values())))
-    set_apart = dict.fromkeys(gone, 0) | ({} if uniform else left)
-    if set_apart:
-        text_config.per_layer_config = {index: {name: set_apart[index]} for index in sorted(set_apart)}
-        text_config.allow_global_per_layer_attribute_access = True
-    # The model's own balance loss assumes one count for all layers; ours does not.
-    if not uniform and getattr(text_config, "output_router_logits", False):
-        text_config.output_router_logits = False
-
-
-def drop_settings(config: PreTrainedConfig, settings: Mapping[str, Any], dropped: Collection[int]) -> None:
-    """Write what ``settings_without`` found into ``config``, and number the layers anew that have no experts left."""
-    text_config = config.get_text_config()
-    gone = [index for index, count in experts_per_layer(config).items() if count == 0]
-    text_config.per_layer_config = None
-    for name, value in settings.items():
-        setattr(text_config, name, value)
-    if gone:
-        name = count_name(text_config)
-        text_config.per_layer_config = {renumbered(index, dropped): {name: 0} for index in gone}
+    set_common_count(model)

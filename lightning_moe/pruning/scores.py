@@ -123,12 +123,16 @@ def load_scores(file: Path, method: str | None, shapes: Sequence[LayerShape], mo
 
     ``file`` may be the run folder that holds it. Raises ``InputError`` for what is not there or of another model.
     """
-    file = file / "scores.json" if file.is_dir() else file
+    folder, file = file, file / "scores.json" if file.is_dir() else file
     try:
         value = json.loads(file.read_text())
         found, made_for, fingerprint = value["methods"], value["model_id"], value["data_fingerprint"]
         version = value["version"]
     except FileNotFoundError as error:
+        if folder != file and (folder / "stats.safetensors").exists():
+            raise InputError(
+                f"--scores {folder}: it holds statistics and no scores; give `prune` --stats {folder}."
+            ) from error
         raise InputError(f"--scores {file}: no such file; `score` and `search` write one.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--scores {file}: not a file of scores ({first_line(error)}).") from error

@@ -45,6 +45,9 @@ class Place:
         """From statistics."""
         return ["prune", *QUIET, "--model.path", self.model, "--stats", self.stats, "--out", self.out, *args]
 
+    def by_scores(self, file: Path) -> list[object]:
+        return ["prune", *QUIET, "--model.path", self.model, "--scores", file, "--out", self.out]
+
     def by_plan(self, value: object, **keys: object) -> list[object]:
         content = value if isinstance(value, str) else json.dumps({"keep": value, **keys})
         file = self.file(f"{len(list(self.tmp.glob('*plan.json')))}plan.json", content)
@@ -52,6 +55,9 @@ class Place:
 
     def evaluate(self, *args: object) -> list[object]:
         return ["evaluate", *QUIET, "--model.path", self.model, "--data.path", self.text, "--out", self.out, *args]
+
+    def compare(self, *args: object) -> list[object]:
+        return ["compare", *self.evaluate(*args)[1:]]
 
     def file(self, name: str, content: str | bytes) -> Path:
         file = self.tmp / name
@@ -102,6 +108,14 @@ def broken_weights(place: Place) -> Path:
     return folder
 
 
+def run_folder(place: Place, *files: str) -> Path:
+    """The folder of some command that left these files, and whatever is in them."""
+    for file in (place.tmp / "ran" / name for name in files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    return place.tmp / "ran"
+
+
 def without(place: Place, *names: str) -> Path:
     folder = Path(shutil.copytree(place.model, place.tmp / "without"))
     for name in names:
@@ -145,6 +159,10 @@ MODELS: dict[str, tuple[Case, list[str]]] = {
     "model is a file": (lambda p: p.score("--model.path", p.file("m.bin", "x")), ["m.bin", "folder"]),
     "folder without config": (lambda p: p.score("--model.path", p.text), ["config.json", "--model.path"]),
     "folder without config, prune": (lambda p: p.cut("--model.path", p.text), ["config.json"]),
+    "folder of a run": (
+        lambda p: p.score("--model.path", run_folder(p, "model/config.json")),
+        ["no config.json", "Did you mean", "ran/model?"],
+    ),
     "config is no JSON": (
         lambda p: p.score("--model.path", p.file("config.json", "{").parent),
         ["config.json", "not JSON"],
@@ -291,6 +309,16 @@ OPTIONS: dict[str, tuple[Case, list[str]]] = {
     "floor too high": (lambda p: p.cut("--floor", 9, "--scope", "global"), ["--floor", "8"]),
     "unknown method": (lambda p: p.cut("--method", "reep"), ["'reep'", "'reap'"]),
     "method in capitals": (lambda p: p.cut("--method", "EAN"), ["'EAN'", "'ean'"]),
+    "unknown end": (lambda p: p.cut("--method", "ean-mx"), ["'ean-mx'", "'ean-max'"]),
+    "a scope behind the method": (
+        lambda p: p.cut("--method", "ean-mx@global"),
+        ["Did you mean 'ean-max'?", "give --scope global"],
+    ),
+    "a scope misspelt behind the method": (
+        lambda p: p.compare("--methods", "[ean-mx@global]"),
+        ["--methods", "Did you mean 'ean-max'?"],
+    ),
+    "a scope without its sign": (lambda p: p.compare("--methods", "[ean-global]"), ["Did you mean 'ean@global'?"]),
     "unknown method, nothing near": (lambda p: p.cut("--method", "zzz"), ["'zzz'", "reap"]),
     "unknown scope": (lambda p: p.cut("--scope", "layers"), ["layers", "layer", "global"]),
     "unknown direction": (lambda p: p.cut("--direction", "up"), ["up", "min", "max"]),
@@ -340,6 +368,14 @@ PLANS: dict[str, tuple[Case, list[str]]] = {
 STATS: dict[str, tuple[Case, list[str]]] = {
     "missing stats": (lambda p: p.cut("--stats", p.tmp / "no.safetensors"), ["no.safetensors"]),
     "folder without stats": (lambda p: p.cut("--stats", p.tmp), ["stats.safetensors", "no such file"]),
+    "folder with scores": (
+        lambda p: p.cut("--stats", run_folder(p, "scores.json")),
+        ["scores and no statistics", "--scores"],
+    ),
+    "folder with statistics": (
+        lambda p: p.by_scores(run_folder(p, "stats.safetensors")),
+        ["statistics and no scores", "--stats"],
+    ),
     "stats of other weights": (lambda p: p.cut("--model.path", other_model(p)), ["another@", "tiny@"]),
     "stats of another depth": (lambda p: p.cut("--model.path", stats_of_deeper(p)), ["deeper@", "tiny@"]),
     "a JSON file": (lambda p: p.cut("--stats", p.file("s.safetensors", "{}")), ["s.safetensors"]),

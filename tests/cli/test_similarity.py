@@ -26,6 +26,26 @@ def test_it_is_added_to_findings_that_are_there(run: Commands, checkpoint: Path,
     assert read(tmp_path / "findings.json")["inter_layer"] == alike
 
 
+def test_results_that_hold_more_than_is_asked_say_so(
+    run: Commands, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    """And what they hold more; asked for all of it, it is the very request."""
+    data = ["--data.path", text, "--data.seq_len", 16, "--data.samples", 6, "--data.batch_size", 4]
+    args = ["score", *QUIET, "--model.path", checkpoint, *data, "--out", tmp_path]
+    gradients, similarity = ["--gradients", "true"], ["--similarity_tokens", 24]
+    run.ok(*args, *gradients, *similarity)
+    for asked, more in (
+        ([], "--gradients and --similarity_tokens"),
+        (gradients, "--similarity_tokens"),
+        (similarity, "--gradients"),
+    ):
+        said = run.ok(*args, *asked).out
+        assert f"and with {more} more than is asked now" in said and "This very request" not in said
+    assert "This very request was carried out here before" in run.ok(*args, *gradients, *similarity).out
+    assert "more than is asked" not in run.ok(*args, "--overwrite").out
+    assert "This very request was carried out here before" in run.ok(*args).out
+
+
 def test_too_few_tokens_are_refused(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     args = ["score", *QUIET, "--model.path", checkpoint, "--data.path", text, "--similarity_tokens", 2]
     refused = run(*args, "--out", tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_cells_are_what_prune_and_evaluate_give(
     args = ["compare", *QUIET, "--model.path", checkpoint, *text_args(text), "--seed_everything", 4, "--seeds", 2]
     args += ["--methods", f"[{','.join(METHODS)}]", "--ratios", "[0.25,0.5]", "--out", tmp_path / "compare"]
     said = run.ok(*args)
-    assert "it drops no expert and no byte" in said.out
+    assert "it drops no expert and no byte" in said.out and "None" not in said.out
     rows: dict[tuple[Any, ...], dict[str, Any]] = {
         (row["method"], row["scope"], row["ratio"], row["seed"]): row
         for row in read(tmp_path / "compare" / "compare.json")["cells"]
@@ -119,6 +120,33 @@ def test_a_repeated_request_is_not_carried_out_again(run: Commands, pruned: Path
     before = contents(pruned / "2:4-wanda")
     assert "carried out here before" in run.ok(*args, "--out", pruned / "2:4-wanda").out
     assert contents(pruned / "2:4-wanda") == before
+
+
+def test_what_does_not_apply_is_printed_as_a_dash(run: Commands, pruned: Path, checkpoint: Path) -> None:
+    """By magnitude no text is looked at."""
+    args = ["prune", *QUIET, "--model.path", checkpoint, "--method", "2:4-magnitude", "--out", pruned / "2:4-magnitude"]
+    said = run.ok(*args).out
+    assert re.search(r"data_fingerprint\W+ - ", said) and "None" not in said
+
+
+def test_overwriting_looks_at_the_text_again(
+    run: Commands, pruned: Path, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    """As scoring does: the norms in the folder are not taken for those of this model on this text."""
+    wrong = load_norms(pruned / "2:4-wanda" / "input_norms.safetensors")
+    wrong = replace(
+        wrong, norms={name: {stack: 0 * norm for stack, norm in one.items()} for name, one in wrong.norms.items()}
+    )
+    common = [*QUIET, "--model.path", checkpoint, *text_args(text)]
+    compare = ["compare", *common, "--methods", "[2:4-wanda]", "--ratios", "[0.5]", "--out", tmp_path / "compare"]
+    run.ok(*compare)
+    first = read(tmp_path / "compare" / "compare.json")["cells"][1]["perplexity"]
+    for folder, args in ((tmp_path / "compare", compare), (tmp_path / "prune", ["prune", *common])):
+        args += ["--method", "2:4-wanda", "--out", folder] if args[0] == "prune" else []
+        wrong.save(folder / "input_norms.safetensors")
+        run.ok(*args, "--overwrite")
+    assert read(tmp_path / "compare" / "compare.json")["cells"][1]["perplexity"] == first
+    assert same(weights(tmp_path / "prune"), weights(pruned / "2:4-wanda"))
 
 
 def test_a_killed_pass_goes_on(

@@ -587,6 +587,13 @@ input_ids = load_file(root / "input_ids.safetensors")["input_ids"]
 logits = {}
 for folder in sorted(path for path in root.iterdir() if (path / "config.json").is_file()):
     trust = {"trust_remote_code": True} if folder.name.endswith("non_uniform") else {}
+    if trust:
+        try:
+            AutoModelForCausalLM.from_pretrained(folder)
+        except RuntimeError as error:
+            assert "ignore_mismatched_sizes" in str(error), (folder, error)
+        else:
+            raise AssertionError(f"{folder} was loaded without its code")
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **trust)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, report)
     model = copy.deepcopy(model).eval()  # out of the mapped file, where products round otherwise
@@ -600,7 +607,10 @@ save_file(logits, root / "logits.safetensors")
 
 
 def test_checkpoints_load_where_lightning_moe_is_not_installed(tmp_path: Path) -> None:
-    """Uniform ones with nothing but transformers, non-uniform ones with ``trust_remote_code=True`` alone."""
+    """Uniform ones with nothing but transformers, non-uniform ones with ``trust_remote_code=True`` alone.
+
+    Without it stock transformers refuses these, and does not make up what is missing.
+    """
     root, expected = tmp_path / "models", {}
     for family in FAMILIES:
         for kind, plan in (("uniform", uniform_plan), ("non_uniform", non_uniform_plan)):
@@ -611,11 +621,15 @@ def test_checkpoints_load_where_lightning_moe_is_not_installed(tmp_path: Path) -
             expected[f"{family}-{kind} generated"] = model.generate(
                 tiny_batch()[:, :4], max_new_tokens=3, do_sample=False
             )
-    for family in ("gpt_oss", "qwen2_moe"):  # one whose block returns a tuple, one with a shared expert
-        for kind in ("without_a_block-non_uniform", "without_a_layer"):
+    for family in FAMILIES:
+        kinds = ["without_a_block-non_uniform"]
+        if family in ("gpt_oss", "qwen2_moe"):  # one whose block returns a tuple, one with a shared expert
+            kinds += ["without_a_block_and_experts-non_uniform", "without_a_layer"]
+        for kind in kinds:
             model = tiny_model(family)
-            gone = find_moe_layers(model)[0].name
-            keep_experts(model, {gone: []}, blocks=[gone] if kind == "without_a_layer" else [])
+            gone, other = (layer.name for layer in find_moe_layers(model))
+            cut = {gone: [], other: [0, 1, 4, 5]} if "experts" in kind else {gone: []}
+            keep_experts(model, cut, blocks=[gone] if kind == "without_a_layer" else [])
             save_model(model, root / f"{family}-{kind}")
             expected[f"{family}-{kind}"] = logits_of(model)
             expected[f"{family}-{kind} generated"] = model.generate(

@@ -24,6 +24,7 @@ from lightning_moe.moe.compaction import compact_checkpoint
 from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.left_out import layers_left_out
+from lightning_moe.moe.non_uniform import COUNT_NAMES
 from lightning_moe.moe.pruned_size import pruned_size
 from lightning_moe.moe.routing import mask_plan
 from lightning_moe.moe.skip_tables import SkipTable, set_skipping
@@ -142,7 +143,10 @@ def test_it_is_the_full_model_with_a_hook(name: str, what: str, tmp_path: Path) 
         assert not list(target.glob("*.py"))
         assert config["num_hidden_layers"] == model.config.num_hidden_layers - 1
     else:
-        assert [set(entry.values()) for entry in config["per_layer_config"].values()] == [{0}]
+        layers = {str(layer.parts.index): 0 if layer.name == gone else 8 for layer in find_moe_layers(model)}
+        count_name = next(name for name in COUNT_NAMES if name in config)
+        assert config["per_layer_config"] == {index: {count_name: count} for index, count in layers.items()}
+        assert config[count_name] == 9, "stock transformers must find no layer as it builds it"
         assert config["auto_map"] and config["num_hidden_layers"] == model.config.num_hidden_layers
 
 
@@ -225,6 +229,25 @@ def test_old_checkpoints_go_through_memory(tmp_path: Path) -> None:
         assert torch.equal(logits_of(load_model(str(tmp_path / "cut"))), logits_of(model))
 
 
+@pytest.mark.parametrize("left", [8, 4])
+def test_what_older_versions_wrote_is_read_and_written_as_it_is_now(left: int, tmp_path: Path) -> None:
+    """They left the count for all layers as it was, and stock transformers loaded the layers that were left."""
+    model, keep = tiny_model("mixtral", num_hidden_layers=3), [0, 2, 3, 5]
+    names = [layer.name for layer in find_moe_layers(model)]
+    keep_experts(model, {names[0]: keep, names[1]: [], names[2]: keep} if left == 4 else {names[1]: []})
+    expected = logits_of(model)
+    save_model(model, tmp_path / "old")
+    now = config_on_disk(tmp_path / "old")
+    old = now | {"num_local_experts": left, "per_layer_config": {"1": {"num_local_experts": 0}}}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
+    assert torch.equal(logits_of(load_model(str(tmp_path / "old"))), expected)
+    save_model(load_model(str(tmp_path / "old")), tmp_path / "saved")
+    compact_checkpoint(str(tmp_path / "old"), {}, tmp_path / "compacted")
+    for folder in (tmp_path / "saved", tmp_path / "compacted"):
+        assert config_on_disk(folder) == now
+        assert torch.equal(logits_of(load_model(str(folder))), expected)
+
+
 def test_experts_are_masked_out_of_what_is_left(tmp_path: Path) -> None:
     """An export that leaves masked experts out does not forget the layers that were dropped before."""
     model = tiny_model("mixtral", num_hidden_layers=4)
@@ -234,7 +257,7 @@ def test_experts_are_masked_out_of_what_is_left(tmp_path: Path) -> None:
         expected = logits_of(model)
         export_model(model, tmp_path / "cut")
     assert config_on_disk(tmp_path / "cut")["per_layer_config"] == {
-        str(index): {"num_local_experts": count} for index, count in ((1, 0), (2, 3))
+        str(index): {"num_local_experts": count} for index, count in enumerate((8, 0, 3, 8))
     }
     torch.testing.assert_close(logits_of(load_model(str(tmp_path / "cut"))), expected, atol=1e-5, rtol=1e-5)
 
