@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from lightning_moe.files import write_json
 
 VERSION = 1
 
+PARTIAL = ".partial"
+"""Of a run folder: what holds unfinished work."""
+
 PACKAGES = ("lightning-moe", "torch", "lightning", "transformers", "torchmetrics")
 
 
 class RunFolder:
     """Results of commands in one folder, one request per command.
 
-    ``<command>.json`` holds the last results of each command, ``summary.json`` those of the last command. A folder
-    with the same command's results for another request is refused; ``overwrite`` replaces them.
+    ``<command>.json`` holds the last results of each command, ``summary.json`` those of the last command. A folder with
+    the same command's results of another request, finished or not, is refused; ``overwrite`` replaces them.
     """
 
     def __init__(self, folder: str, command: str, request: Mapping[str, Any], overwrite: bool) -> None:
@@ -41,6 +45,11 @@ class RunFolder:
                 f"--out {folder}: it holds the results of another `{command}` (other {', '.join(sorted(differs))}); "
                 "give another folder, or --overwrite true to replace them."
             )
+        if found is None and not overwrite and self._unfinished() != self._unfinished(self._digest):
+            raise InputError(
+                f"--out {folder}: it holds unfinished work of another `{command}`; "
+                "give another folder, or --overwrite true to drop it."
+            )
         self.finished = found | {"repeated": True} if found is not None and not overwrite else None
         """The results, if this very request has been carried out here before."""
         asked_before = found is not None and found.get("request") == self._plain(self.request)
@@ -56,8 +65,7 @@ class RunFolder:
 
         ``also`` names what may change between requests that give the same results, but not within one piece of work.
         """
-        asked = json.dumps([self.command, self._plain({**self.request, **also})], sort_keys=True)
-        return self.folder / ".partial" / hashlib.sha256(asked.encode()).hexdigest()[:16]
+        return self.folder / PARTIAL / f"{self.command}-{self._digest}-{self._hashed(also)}"
 
     def begin(self, *files: str) -> None:
         """Forget the results that are about to be replaced, so that a kill never leaves them beside other files.
@@ -81,11 +89,26 @@ class RunFolder:
         return results
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the results, also as those of the last command; unfinished work is no longer needed."""
+        """Write the results, also as those of the last command; the command's unfinished work is no longer needed."""
         results = self.save(figures)
         write_json(self.folder / "summary.json", results)
-        shutil.rmtree(self.folder / ".partial", ignore_errors=True)
+        for unfinished in self._unfinished():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):  # other commands have some, or there is none
+            (self.folder / PARTIAL).rmdir()
         return results
+
+    def _unfinished(self, digest: str = "*") -> set[Path]:
+        """The folders of work that this command has not finished here, of one request or of all."""
+        return set((self.folder / PARTIAL).glob(f"{self.command}-{digest}-*"))
+
+    @property
+    def _digest(self) -> str:
+        return self._hashed(self.request)
+
+    @classmethod
+    def _hashed(cls, value: Any) -> str:
+        return hashlib.sha256(json.dumps(cls._plain(value), sort_keys=True).encode()).hexdigest()[:12]
 
     @staticmethod
     def _plain(value: Any) -> Any:

@@ -249,7 +249,7 @@ def test_quantised(run: Commands, text: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(one.weight_norm_E, other.weight_norm_E, rtol=0.1, atol=0)
     cpu = ["--trainer.accelerator", "cpu", "--trainer.devices", 2]
     refused = run("prune", *data, *LOTTERY, *packed, *cpu, "--out", tmp_path / "no")
-    assert refused.code == 2 and "quantize is for score and search" in refused.err and refused.err.count("\n") == 1
+    assert refused.code == 2 and "quantize is for what does not tune" in refused.err and refused.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["score", "search", "evaluate", "fit"])
