@@ -136,7 +136,7 @@ def by_hand(folder: Path, steps: int) -> list[float]:
     rank = int(os.environ["RANK"])
     model = new_model(config(12, 448), torch.float32).train()
     mesh = init_device_mesh("cpu", (RANKS,))
-    for layer in decoder_layers(model).values():
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
