@@ -51,5 +51,6 @@ class BatchSaves:
         with replaced_file(self.folder / f"{self.name}-{trainer.global_rank}-{done}.safetensors") as beside:
             save_file(dict(sums), beside)
         trainer.strategy.barrier()  # the earlier one is what counts until all have this one
+        earlier.pop(done, None)  # of a rank that was ahead when the pass was killed
         for file in earlier.values():
             file.unlink()

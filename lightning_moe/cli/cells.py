@@ -150,7 +150,9 @@ class Comparison:
 
     def _with_zeros(self, method: Method, seed: int | None) -> dict[str, Any]:
         """What the model is worth with some weights of all experts set to zero."""
-        model, made = zeroed_model(self.job, self.run, method, seed, self._norms_anew)
+        anew = self._norms_anew and method.needs_text
+        self._norms_anew &= not anew
+        model, made = zeroed_model(self.job, self.run, method, seed, anew)
         figures = measure(self.trainer, model, self.validation)
         return figures | derived_figures(figures, {}, self.path, self.shapes) | made
 

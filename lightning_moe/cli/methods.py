@@ -284,9 +284,13 @@ def get_method(name: str, scopes: Sequence[str] = ()) -> Method:
     if name not in known and name in turned:
         return _of_criterion(*turned[name])
     if name not in known:
-        base, at, scope = name.partition("@")
+        base, _, scope = name.partition("@")
         names = [*known, *turned]
         near = did_you_mean(base, [*names, *(f"{one}@{scope}" for one in names for scope in scopes)])
-        apart = f" A scope stands behind a name in `compare` alone; give --scope {scope}." if at else ""
+        apart = (
+            f" A scope stands behind a name in `compare` alone; give --scope {scope}."
+            if scope in get_args(Scope)
+            else ""
+        )
         raise InputError(f"Unknown method '{name}'.{near}{apart} Known: {', '.join(sorted(known))}.")
     return known[name]

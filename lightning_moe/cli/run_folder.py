@@ -28,11 +28,12 @@ class RunFolder:
     """Results of commands in one folder, one request per command.
 
     ``<command>.json`` holds the last results of each command, ``summary.json`` those of the last command. A folder with
-    the same command's results of another request, finished or not, is refused; ``overwrite`` replaces them.
+    the same command's results of another request is refused; ``overwrite`` replaces them, and what that left unfinished.
     """
 
     def __init__(self, folder: str, command: str, request: Mapping[str, Any], overwrite: bool) -> None:
         self.folder, self.command, self.request = Path(folder), command, dict(request)
+        self._overwrite = overwrite
         self._start = time.perf_counter()
         for place in (self.folder, *self.folder.parents):
             if place.exists() and not place.is_dir():
@@ -44,11 +45,6 @@ class RunFolder:
             raise InputError(
                 f"--out {folder}: it holds the results of another `{command}` (other {', '.join(sorted(differs))}); "
                 "give another folder, or --overwrite true to replace them."
-            )
-        if found is None and not overwrite and self._unfinished() != self._unfinished(self._digest):
-            raise InputError(
-                f"--out {folder}: it holds unfinished work of another `{command}`; "
-                "give another folder, or --overwrite true to drop it."
             )
         self.finished = found | {"repeated": True} if found is not None and not overwrite else None
         """The results, if this very request has been carried out here before."""
@@ -89,18 +85,23 @@ class RunFolder:
         return results
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the results, also as those of the last command; the command's unfinished work is no longer needed."""
+        """Write the results, also as those of the last command; unfinished work of this request is no longer needed.
+
+        That of other requests stays, since nobody has said that it may go.
+        """
         results = self.save(figures)
         write_json(self.folder / "summary.json", results)
-        for unfinished in self._unfinished():
+        partial = self.folder / PARTIAL
+        for unfinished in partial.glob(f"{self.command}-{'*' if self._overwrite else self._digest}-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        with suppress(OSError):  # other commands have some, or there is none
-            (self.folder / PARTIAL).rmdir()
+        with suppress(OSError):  # some is left, or there was none
+            partial.rmdir()
+        if any(partial.glob(f"{self.command}-*")):
+            print(
+                f"note: {partial} keeps unfinished work of another `{self.command}`, which goes on with --overwrite "
+                "true; if you do not want it, remove that folder."
+            )
         return results
-
-    def _unfinished(self, digest: str = "*") -> set[Path]:
-        """The folders of work that this command has not finished here, of one request or of all."""
-        return set((self.folder / PARTIAL).glob(f"{self.command}-{digest}-*"))
 
     @property
     def _digest(self) -> str:

@@ -21,8 +21,8 @@ def set_counts(config: PreTrainedConfig, counts: Mapping[int, int]) -> None:
     """Write the number of experts of each MoE decoder layer into ``config``; 0 where the block is gone.
 
     Layers that it says were dropped before stay so. Stock transformers builds every layer at the config's own count,
-    and refuses layers of other sizes. A block that is gone would leave it all it wants of the other layers, and it
-    would fill in random weights: there that count is one more than any layer holds.
+    and refuses layers of other sizes. Where a block is gone and the other layers are of one size, they would fit, and
+    it would fill in the missing block at random: so there that count is one more than any layer holds.
     """
     text_config = config.get_text_config()
     gone = [index for index, count in experts_per_layer(config).items() if count == 0] + [

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def taken(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a module is given: its first argument, by whatever name."""
-    given: Tensor = args[0] if args else next(iter(kwargs.values()))
+    """What a module is given: its first argument, or that of the usual name, or the first by whatever name."""
+    given: Tensor = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     return given
 
 

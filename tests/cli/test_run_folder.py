@@ -31,13 +31,24 @@ def test_work_of_the_same_request_is_gone_on_with(tmp_path: Path) -> None:
     assert not (tmp_path / ".partial").exists()
 
 
-def test_work_of_another_request_is_not_lost_without_a_word(tmp_path: Path) -> None:
+def test_work_of_another_request_stays_and_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = begun(tmp_path, "prune", {"ratio": 0.5}).partial()
+    RunFolder(str(tmp_path), "prune", {"ratio": 0.25}, overwrite=False).finish({})
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"{tmp_path / '.partial'} keeps unfinished work of another `prune`" in said
+    with pytest.raises(InputError, match=r"results of another `prune` \(other ratio\).*--overwrite true"):
+        RunFolder(str(tmp_path), "prune", {"ratio": 0.5}, overwrite=False)
+    again = RunFolder(str(tmp_path), "prune", {"ratio": 0.5}, overwrite=True)
+    assert again.partial() == place and (place / "work").exists()
+    again.finish({})
+    assert work(tmp_path) == set() and not capsys.readouterr().out
+
+
+def test_overwriting_drops_what_others_left(tmp_path: Path) -> None:
     begun(tmp_path, "prune", {"ratio": 0.5})
-    with pytest.raises(InputError, match=r"unfinished work of another `prune`.*--overwrite true"):
-        RunFolder(str(tmp_path), "prune", {"ratio": 0.25}, overwrite=False)
-    assert work(tmp_path) == {"prune"}
+    begun(tmp_path, "search", {})
     RunFolder(str(tmp_path), "prune", {"ratio": 0.25}, overwrite=True).finish({})
-    assert work(tmp_path) == set()
+    assert work(tmp_path) == {"search"}
 
 
 def test_another_command_leaves_it_alone(tmp_path: Path) -> None:
