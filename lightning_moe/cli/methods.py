@@ -287,10 +287,7 @@ def get_method(name: str, scopes: Sequence[str] = ()) -> Method:
         base, _, scope = name.partition("@")
         names = [*known, *turned]
         near = did_you_mean(base, [*names, *(f"{one}@{scope}" for one in names for scope in scopes)])
-        apart = (
-            f" A scope stands behind a name in `compare` alone; give --scope {scope}."
-            if scope in get_args(Scope)
-            else ""
-        )
+        known_scope = scope in get_args(Scope)
+        apart = f" A scope stands behind a name in `compare` alone; give --scope {scope}." if known_scope else ""
         raise InputError(f"Unknown method '{name}'.{near}{apart} Known: {', '.join(sorted(known))}.")
     return known[name]

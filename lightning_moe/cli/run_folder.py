@@ -28,7 +28,7 @@ class RunFolder:
     """Results of commands in one folder, one request per command.
 
     ``<command>.json`` holds the last results of each command, ``summary.json`` those of the last command. A folder with
-    the same command's results of another request is refused; ``overwrite`` replaces them, and what that left unfinished.
+    the same command's results of another request is refused; ``overwrite`` replaces them.
     """
 
     def __init__(self, folder: str, command: str, request: Mapping[str, Any], overwrite: bool) -> None:

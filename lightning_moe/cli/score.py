@@ -177,8 +177,8 @@ def known_stats(stats_file: str, identity: str, shapes: Sequence[LayerShape]) ->
         file = file / "stats.safetensors"
         if not file.exists() and (file.parent / "scores.json").exists():
             raise InputError(
-                f"--stats {stats_file}: it holds scores and no statistics, which `score` writes; `prune` takes these scores "
-                f"by --scores {stats_file}."
+                f"--stats {stats_file}: it holds scores, and no statistics, which `score` writes; `prune` takes "
+                f"these by --scores {stats_file}."
             )
     stats = load_stats(file)
     if not same_model(stats.model_id, identity) or [layer.shape for layer in stats.layers] != list(shapes):
