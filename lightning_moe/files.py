@@ -10,6 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+UMASK = os.umask(0o077)  # can only be read by setting it, which is safe while there is one thread
+os.umask(UMASK)
+SHARED = 0o666 & ~UMASK
+
 
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
@@ -18,6 +22,7 @@ def replaced_file(target: Path) -> Iterator[Path]:
         beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             yield beside
+            _share(beside)
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
@@ -36,6 +41,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         beside.mkdir()
         try:
             yield beside
+            for file in beside.rglob("*"):
+                _share(file)
             put_in_place(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -60,6 +67,12 @@ def put_back(target: Path) -> None:
     if _old(target).exists() and not target.exists():
         _old(target).rename(target)
     remove(_old(target))
+
+
+def _share(file: Path) -> None:
+    """Let others read a file as the umask has it: safetensors keeps what it writes to its owner."""
+    if file.is_file() and not file.is_symlink():
+        file.chmod(file.stat().st_mode | SHARED)
 
 
 def _old(target: Path) -> Path:

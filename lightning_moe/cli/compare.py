@@ -111,6 +111,7 @@ def compare(
         _note_orders(rows, say.print)
         if any("nonzero_parameters" in row for row in rows):
             say.print("note: 2:4 sets that share of the experts' weights to zero; it drops no expert and no byte.")
+        _note_shares(rows, say.print)
         for what, shared in ((OBSERVATION, "statistics shared one pass"), (GRADIENTS, "gradients shared passes")):
             seconds = comparison.seconds_of(what)
             if seconds is not None:
@@ -127,6 +128,20 @@ def compare(
     if failed:
         part()
         sys.exit(1)
+
+
+def _note_shares(rows: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Where whole experts, or whole layers, do not come to the ratio."""
+    whole = rows[0]["experts"]
+    cut = [row for row in rows[1:] if "plan" in row and "nonzero_parameters" not in row]
+    gone = {(row["method"], row["scope"], row["ratio"]): 1 - row["experts"] / whole for row in cut}
+    other = [
+        f"{method}, {scope}, {100 * ratio:g}%: {100 * share:.1f}%"
+        for (method, scope, ratio), share in gone.items()
+        if abs(share - ratio) > 0.005
+    ]
+    if other:
+        say(f"note: experts that are gone, to the nearest whole one or layer: {'; '.join(other)}.")
 
 
 def _note_orders(rows: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:

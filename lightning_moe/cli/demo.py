@@ -51,7 +51,7 @@ save_file(out, sys.argv[1])
 
 
 def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
-    """Observe, score, prune to 75% and 50% by several criteria, save, reload, measure, print."""
+    """Observe, score, drop 25% and 50% of the experts by several criteria, save, reload, measure, print."""
     console = Console()
     run = RunFolder(out, "demo", {"model_id": model_id(str(MODEL))}, overwrite)
     calibration, validation = _text("calibration", CALIBRATION_WINDOWS), _text("validation", VALIDATION_WINDOWS)
@@ -61,8 +61,8 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
     console.print(f"[bold]2. Prune[/bold] it {len(cuts)} ways from these statistics; save each smaller model.")
     folders = {"full": MODEL}
     for ratio, (method, scope) in cuts:
-        name = f"{method} {scope} {1 - ratio:.0%}"
-        folder = run.folder / name.replace(" ", "-").replace("%", "")
+        name = f"{method} {scope} -{ratio:.0%}"
+        folder = run.folder / name.replace(" ", "-").replace("--", "-").replace("%", "")
         stats = str(run.folder / "score" / "stats.safetensors")
         cut = Cut(method, ratio, scope)
         prune(trainer, MoECausalLM(str(MODEL)), TextDataModule(), str(folder), cut, stats, None, None, overwrite)

@@ -138,7 +138,8 @@ def prune_in_rounds(
             "finetune_tokens": sum(record.tokens for record in records),
             "finetune_lr": last.lr,
             "world_size": trainer.world_size,
-        }
+        },
+        "plan.json",
     )
 
 

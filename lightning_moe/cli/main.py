@@ -41,8 +41,11 @@ class OneLineParser(LightningArgumentParser):
         choices = re.search(r"Literal\[(.*?)\]", text)
         if choices:
             option, value = re.search(r"--[\w.]+", text), re.search(r"(?:Got|Given) value: (\S+)", text)
-            known = f"true, false, {choices[1]}" if "<class 'bool'>" in text else choices[1]
-            text = f"{option[0] if option else 'an option'}: {value[1] if value else 'that'} is none of {known}."
+            kinds = {"bool": "true, false", "int": "whole numbers"}
+            named = [words for kind, words in kinds.items() if f"<class '{kind}'>" in text]
+            words = ", ".join([*named, *re.findall(r"Literal\[(.*?)\]", text)]).replace("'", "").split(", ")
+            allowed = ", ".join(dict.fromkeys(words))
+            text = f"{option[0] if option else 'an option'}: {value[1] if value else 'that'} is none of {allowed}."
         text = re.sub(r"Expected a <class '[\w.]*Sequence'>\. Got value: (.+)", r"\1 is no list; write '[\1]'.", text)
         text = re.sub(r"a <class '(\w+)'>", r"a value of type \1", text)
         commands = "|".join(MoECLI.subcommands())
@@ -162,3 +165,4 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="The ``compute`` method of metric")

@@ -163,5 +163,6 @@ def prune(
             **({"merged": plan.num_merged} if plan.merge.groups else {}),
             "save_seconds": round(time.perf_counter() - started, 3),
             "world_size": trainer.world_size,
-        }
+        },
+        "plan.json",
     )

@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +46,9 @@ class RunFolder:
                 f"--out {folder}: it holds the results of another `{command}` (other {', '.join(sorted(differs))}); "
                 "give another folder, or --overwrite true to replace them."
             )
-        self.finished = found | {"repeated": True} if found is not None and not overwrite else None
-        """The results, if this very request has been carried out here before."""
+        whole = found is not None and not overwrite and self._files(found.get("files", ())) == found.get("files", {})
+        self.finished = found | {"repeated": True} if found is not None and whole else None
+        """The results, if this very request has been carried out here before and its files are still its own."""
         asked_before = found is not None and found.get("request") == self._plain(self.request)
         self.begun = found is not None and asked_before and found.get("finished") is False
         """Whether this very request was begun here and did not come to its end; of commands that record it."""
@@ -84,12 +85,13 @@ class RunFolder:
         write_json(self._results_file, results)
         return results
 
-    def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, figures: Mapping[str, Any], *files: str) -> dict[str, Any]:
         """Write the results, also as those of the last command; unfinished work of this request is no longer needed.
 
-        That of other requests stays, since nobody has said that it may go.
+        That of other requests stays, since nobody has said that it may go. ``files`` are those that another command
+        may replace, so that these results would be there without them.
         """
-        results = self.save(figures)
+        results = self.save({**figures, "files": self._files(files)} if files else figures)
         write_json(self.folder / "summary.json", results)
         partial = self.folder / PARTIAL
         for unfinished in partial.glob(f"{self.command}-{'*' if self._overwrite else self._digest}-*"):
@@ -102,6 +104,13 @@ class RunFolder:
                 "true; if you do not want it, remove that folder."
             )
         return results
+
+    def _files(self, names: Iterable[str]) -> dict[str, str]:
+        """What is in them, in short; one that is missing is left out."""
+        places = {name: self.folder / name for name in names}
+        return {
+            name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for name, file in places.items() if file.is_file()
+        }
 
     @property
     def _digest(self) -> str:

@@ -94,7 +94,8 @@ def search(
             "kept_experts": {name: len(ids) for name, ids in plan.keep.items()},
             "search_seconds": round(seconds, 3),
             "world_size": trainer.world_size,
-        }
+        },
+        "plan.json",
     )
 
 

@@ -33,7 +33,7 @@ class MoETrainer(PlanningCommand, MeasuringCommands):
         # Our loaders know their rank, so no sampler may be replaced.
         try:
             super().__init__(*args, use_distributed_sampler=False, **kwargs)
-        except ValueError as error:  # a name of a strategy, precision or profiler that Lightning does not know
+        except (ValueError, TypeError) as error:  # a name or a number of devices that Lightning does not know
             raise InputError(f"--trainer: {first_line(error)}") from error
 
     def score(

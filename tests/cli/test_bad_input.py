@@ -487,7 +487,10 @@ def test_windows_longer_than_the_model_knows_are_refused(place: Place, run: Comm
     assert said.code == 2 and "at most" in said.err and len(said.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("option, value, known", [("direction", "up", "'max'"), ("scope", "both", "'global'")])
+@pytest.mark.parametrize(
+    "option, value, known",
+    [("direction", "up", "max"), ("scope", "both", "global"), ("data.samples", "zero", "whole numbers, all")],
+)
 def test_a_wrong_choice_is_told_the_right_ones(
     place: Place, run: Commands, option: str, value: str, known: str
 ) -> None:

@@ -46,6 +46,14 @@ def cells(folder: Path) -> dict[str, dict[str, Any]]:
     return {cell["method"]: cell for cell in read(folder / "compare.json")["cells"]}
 
 
+def test_the_share_that_is_gone_is_said(run: Commands, deep: Path, text: Path, tmp_path: Path) -> None:
+    """Of three layers half are two; of twelve experts half are half."""
+    args = [*compare_args(deep, text), "--ratios", "[0.5]", "--methods", "[layer-drop,reap]"]
+    said = run.ok(*args, "--trainer.accelerator", "cpu", "--out", tmp_path).out
+    (note,) = [line for line in said.splitlines() if line.startswith("note: experts")]
+    assert note.endswith("layer: layer-drop, global, 50%: 66.7%.")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cell_is_what_prune_writes(
     method: str, run: Commands, deep: Path, text: Path, compared: Path, tmp_path: Path

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.errors import InputError
+from lightning_moe.files import replaced_file, replaced_folder
 
 
 def begun(folder: Path, command: str, request: dict[str, object], overwrite: bool = False, **also: object) -> RunFolder:
@@ -44,6 +47,16 @@ def test_work_of_another_request_stays_and_is_gone_on_with(tmp_path: Path, capsy
     assert work(tmp_path) == set() and not capsys.readouterr().out
 
 
+def test_results_whose_files_another_command_has_replaced_are_made_again(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("mine")
+    RunFolder(str(tmp_path), "prune", {}, overwrite=False).finish({}, "plan.json")
+    assert RunFolder(str(tmp_path), "prune", {}, overwrite=False).finished
+    (tmp_path / "plan.json").write_text("of a search")
+    assert RunFolder(str(tmp_path), "prune", {}, overwrite=False).finished is None
+    (tmp_path / "plan.json").unlink()
+    assert RunFolder(str(tmp_path), "prune", {}, overwrite=False).finished is None
+
+
 def test_overwriting_drops_what_others_left(tmp_path: Path) -> None:
     begun(tmp_path, "prune", {"ratio": 0.5})
     begun(tmp_path, "search", {})
@@ -57,3 +70,15 @@ def test_another_command_leaves_it_alone(tmp_path: Path) -> None:
     assert work(tmp_path) == {"prune"}
     RunFolder(str(tmp_path), "prune", {"ratio": 0.5}, overwrite=False).finish({})
     assert not (tmp_path / ".partial").exists()
+
+
+def test_others_may_read_what_safetensors_writes(tmp_path: Path) -> None:
+    """It keeps files to their owner, whatever the umask says."""
+    plain = tmp_path / "plain"
+    plain.touch()
+    with replaced_file(tmp_path / "one.safetensors") as beside:
+        save_file({"a": torch.ones(1)}, beside)
+    with replaced_folder(tmp_path / "model") as folder:
+        save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    for file in (tmp_path / "one.safetensors", tmp_path / "model" / "model.safetensors"):
+        assert file.stat().st_mode == plain.stat().st_mode
