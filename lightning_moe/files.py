@@ -104,7 +104,8 @@ def _made_parents(target: Path) -> Iterator[None]:
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist can only have meant a file or folder here, not a name on a hub."""
     parent = Path(path).parent
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path() and parent.exists())
+    written_so = path.startswith((".", "/", "~")) or path.endswith(".json") or path.count("/") > 1
+    return written_so or (parent != Path() and parent.exists())
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from lightning_moe.files import replaced_file
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.modules.gradient_pass import GradientPass
 from lightning_moe.moe.ranks import gathered
-from lightning_moe.stats.gradients import GradientSums, layer_chunks, trade, with_gradients
+from lightning_moe.stats.gradients import GradientSums, layer_chunks, sum_bytes, trade, with_gradients
 from lightning_moe.stats.store import ModelStats
 
 
@@ -34,7 +34,7 @@ def add_gradients(
     found = _finished(folder, [layer.name for layer in model.moe_layers])
     chunks = layer_chunks([layer for layer in model.moe_layers if layer.name not in found], model.gradient_memory)
     if chunks:
-        told = trade(chunks, model.gradient_memory)
+        told = trade([sum_bytes(chunk) for chunk in chunks], model.gradient_memory)
         if trainer.is_global_zero:
             print(told)
             if found:

@@ -5,42 +5,51 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lightning_moe.evaluation.device import GiB
+from lightning_moe.moe.weights import readable_count
 
 COLUMNS = {
     "weights": "weights",
     "gradients": "grads",
     "optimizer": "optim",
-    "activations": "activations",
+    "activations": "activ.",
     "statistics": "stats",
     "transient": "transient",
 }
 """Figures of a job, and what stands above them."""
 
-WIDTH = 118
+WIDTH = 100
 """Fewest characters of a line: the table has no use when it is cut."""
 
 
 def show_plan(results: Mapping[str, Any], out: str | None) -> None:
     """Print the table, what to change where something does not fit, and what the times rest on."""
     console = Console(soft_wrap=True, highlight=False)
-    parameters, active = (results[name] / 1e9 for name in ("parameters", "active_parameters"))
+    parameters, active = (readable_count(results[name]) for name in ("parameters", "active_parameters"))
     memory, usable = (_gib(results[name]) for name in ("memory", "usable"))
-    console.print(f"{results['model']}: {parameters:,.1f}e9 parameters, {active:,.1f}e9 of them active for one token")
+    console.print(f"{results['model']}: {parameters} parameters, {active} of them active for one token")
     console.print(
         f"{results['devices']}, {results['strategy']}, {results['precision']}, {results['batch']}; "
         f"{memory} GiB a device, {usable} of them to be filled"
     )
-    table = Table(title="GiB on the fullest rank, at its fullest moment", title_justify="left")
+    table = Table(
+        title="GiB on the fullest rank, at its fullest moment",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("job", no_wrap=True)
     for name in (*COLUMNS.values(), "sum", "fits", "RAM", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for job, row in results["jobs"].items():
         if "refused" in row:
-            table.add_row(job, *("" for _ in COLUMNS), "", "refused")
+            table.add_row(job, "refused")
             continue
         cells = [_gib(row.get(name, 0), blank=True) for name in COLUMNS]
         total = _gib(row["bytes"], blank=True)
@@ -67,7 +76,7 @@ def _remedies(row: Mapping[str, Any]) -> str:
 
 
 def _gib(size: float, blank: bool = False) -> str:
-    return "" if blank and not size else f"{size / GiB:,.1f}"
+    return "" if blank and not size else f"{size / GiB:,.{0 if size >= 1000 * GiB else 1}f}"
 
 
 def _duration(seconds: float | None) -> str:

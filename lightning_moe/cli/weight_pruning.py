@@ -52,6 +52,7 @@ def prune_weights(
     pattern, fingerprint, _ = _pattern(trainer, model, data, run, method, seed(), overwrite)
     if not trainer.is_global_zero:
         return None
+    model.release()  # from here on it is from file to file
     replaced = (run.folder / "prune.json").is_file()  # of a prune that dropped experts, perhaps
     scores = () if (run.folder / "score.json").is_file() else ("scores.json",)
     run.begin(*(("plan.json", *scores, *ROUND_FILES) if replaced else ()))

@@ -68,22 +68,26 @@ GPUS = (
 )
 
 
+ALIASES = {"gh200": "h200", "gb200": "b200", "a10g": "a10"}
+"""Words of drivers' names for what is known under another one."""
+
+
 def known_gpu(name: str) -> Device:
-    """By its name, be it part of a longer one, as drivers give it. Raises ``InputError``."""
-    asked = _plain(name)
-    if "a100" in asked and "80" not in asked:
-        asked += "40gb"  # the smaller one, where no size is said
-    fitting = [one for one in GPUS if all(word in asked for word in map(_plain, one.name.split("-")))]
-    if not fitting:
-        raise InputError(
-            f"--gpu {name}: not known. Known: {', '.join(one.name for one in GPUS)}; for others give --device_memory "
-            "and --flops."
-        )
-    return max(fitting, key=lambda one: len(one.name))
+    """By its name, be it words of a longer one, as drivers give it. Raises ``InputError``."""
+    asked = {ALIASES.get(word, word) for word in _words(name)}
+    if "a100" in asked and "80gb" not in asked:
+        asked.add("40gb")  # the smaller one, where no size is said
+    for one in GPUS:
+        if asked >= _words(one.name) or "".join(one.name.split()).lower() == name.lower():
+            return one
+    raise InputError(
+        f"--gpu {name}: not known. Known: {', '.join(one.name for one in GPUS)}; for others give --device_memory "
+        "and --flops."
+    )
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace(" ", "").replace("-", "")
+def _words(name: str) -> set[str]:
+    return set(name.lower().replace("-", " ").split())
 
 
 def this_gpu() -> Device | None:

@@ -48,7 +48,7 @@ def _config_file(path: str) -> Path:
             raise InputError(f"--model.path {path}: no config.json in it, so this is no model folder.")
         return place / "config.json"
     if looks_local(path):
-        raise InputError(f"--model.path {path}: no such folder, nor a config.json file.")
+        raise InputError(f"--model.path {path}: no such folder or file.")
     try:
         return Path(hf_hub_download(path, "config.json"))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -100,3 +100,11 @@ def total_parameters(weights: Iterable[Weight]) -> int:
 def active_parameters(weights: Iterable[Weight]) -> int:
     """Parameters that work on one token: everything, but of the experts only those its router picks."""
     return round(sum(weight.numel * weight.routed for weight in weights))
+
+
+def readable_count(parameters: int) -> str:
+    """Rounded, in the unit that suits: ``46.7B``, ``7.3M``, ``12.0K``, ``950``."""
+    for letter, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= size * 0.99995:  # what rounds to 1000.0 of the unit below
+            return f"{parameters / size:.1f}{letter}"
+    return str(parameters)

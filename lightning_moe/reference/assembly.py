@@ -20,6 +20,7 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.evaluation.perplexity import measure
 from lightning_moe.files import replaced_folder
 from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.moe.weights import readable_count
 
 CURVE_POINTS = 10
 SEQ_LEN = 256
@@ -103,7 +104,7 @@ def _provenance(figures: dict[str, Any], sources: dict[str, Any], curve: list[di
     loads = zip(figures["least_load"], figures["most_load"], strict=True)
     return f"""# Where this reference model comes from
 
-{figures["kind"]} of {figures["parameters"] / 1e6:.2f} million parameters, trained from
+{figures["kind"]} of {readable_count(figures["parameters"])} parameters, trained from
 random weights on the domains below and on nothing else. `make reference` rebuilds it: it fetches the text, trains
 the tokenizer, runs `lightning-moe fit --config {figures["config"]}` and puts the results here.
 

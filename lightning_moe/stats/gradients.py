@@ -191,20 +191,25 @@ def check_gradient_memory(option: str, gibibytes: float) -> None:
         raise InputError(f"{option} {gibibytes:g}: GiB above 0.")
 
 
+def chunks_of(sizes: Sequence[int], gibibytes: float) -> list[list[int]]:
+    """Places of layers whose sums have these sizes, in order: as many together as find room, but one at least."""
+    most, held = gibibytes * (1 << 30), 0
+    chunks: list[list[int]] = []
+    for place, size in enumerate(sizes):
+        if not chunks or held + size > most:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(place)
+        held += size
+    return chunks
+
+
 def layer_chunks(layers: Sequence[MoELayer], gibibytes: float) -> list[list[MoELayer]]:
     """The layers in their order, as many together as have sums of at most so many GiB on each rank, but one at least.
 
     Every rank must call it.
     """
-    most, held = gibibytes * (1 << 30), 0
-    chunks: list[list[MoELayer]] = []
-    for layer, size in zip(layers, sum_bytes(layers), strict=True):
-        if not chunks or held + size > most:
-            chunks.append([])
-            held = 0
-        chunks[-1].append(layer)
-        held += size
-    return chunks
+    return [[layers[place] for place in chunk] for chunk in chunks_of(sum_bytes(layers), gibibytes)]
 
 
 def sum_bytes(layers: Sequence[MoELayer]) -> list[int]:
@@ -213,15 +218,15 @@ def sum_bytes(layers: Sequence[MoELayer]) -> list[int]:
     return [max(sizes) for sizes in zip(*gathered(own), strict=True)]
 
 
-def trade(chunks: Sequence[Sequence[MoELayer]], gibibytes: float) -> str:
-    """One line for people: how many passes the gradients take, and what they hold; every rank must call it."""
-    layers = [layer for chunk in chunks for layer in chunk]
-    most = max(sum(sum_bytes(chunk)) for chunk in chunks)
+def trade(chunks: Sequence[Sequence[int]], gibibytes: float) -> str:
+    """One line for people: how many passes the gradients take, and what they hold; of the sizes in each chunk."""
+    most = max(map(sum, chunks))
     size = f"{most / (1 << 30):.3g} GiB" if most >> 30 else f"{most / (1 << 20):.3g} MiB"
     passes = f"{len(chunks)} passes" if len(chunks) > 1 else "1 pass"
+    layers, at_once = sum(map(len, chunks)), max(map(len, chunks))
     return (
-        f"gradients of {len(layers)} layers: {passes} of forward and backward over the text, {max(map(len, chunks))} "
-        f"layers at once, holding {size} of sums on each rank (gradient_memory {gibibytes:g} GiB)"
+        f"gradients of {layers} layers: {passes} of forward and backward over the text, {at_once} layers at once, "
+        f"holding {size} of sums on each rank (gradient_memory {gibibytes:g} GiB)"
     )
 
 

@@ -37,7 +37,7 @@ def test_a_config_is_enough(run: Commands, alone: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     said = run.ok("plan", "--model.path", alone, "--gpu", "H100").out
     assert contents(tmp_path) == before
-    for word in (*JOBS, "prune", "weights", "optim", "activations", "GiB"):
+    for word in (*JOBS, "prune", "weights", "optim", "activ.", "GiB"):
         assert word in said
 
 
@@ -120,14 +120,14 @@ def test_an_estimate_is_not_replaced_by_chance(run: Commands, alone: Path, tmp_p
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--model.path", "/no/where"), "no such folder, nor a config.json file"),
+        (("--model.path", "/no/where"), "--model.path /no/where: no such folder or file."),
         (("--model.path", "{here}"), "no config.json in it"),
         (("--model.path", "{file}"), "is not JSON"),
         (("--model.path", "{dense}"), "no MoE layers found"),
         ((), "no model: give --model.path"),
         (("--model.path", "{alone}", "--trainer.devices", "0"), "--trainer.devices 0: at least 1"),
         (("--model.path", "{alone}", "--trainer.accelerator", "gpu"), "no GPU is here to ask; give --gpu"),
-        (("--model.path", "{alone}", "--gpu", "H1"), "--gpu H1: not known"),
+        (("--model.path", "{alone}", "--gpu", "H1000"), "--gpu H1000: not known. Known: B200, "),
         (("--model.path", "{alone}", "--gpu", "H100", "--trainer.accelerator", "cpu"), "leave one out"),
         (("--model.path", "{alone}", "--device_memory", "0"), "--device_memory 0.0: above 0"),
         (("--model.path", "{alone}", "--ratio", "0.99"), "possible ratios"),
@@ -149,13 +149,17 @@ def test_bad_input_gets_one_line(run: Commands, alone: Path, tmp_path: Path, arg
 
 
 def test_the_table_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is cut, whatever the terminal; what is refused says why."""
-    row = {"bytes": 300 * GiB, "weights": 300 * GiB, "host": GiB, "fits": False, "at": "head", "seconds": 7300.0}
-    rows = {"tune all": row | {"remedies": []}, "search": {"refused": "it cannot be."}}
-    figures = {"model": "m", "parameters": 10**10, "active_parameters": 10**9, "devices": "1 x 8 x H100"}
+    """Nothing is cut, whatever the terminal, nor wider than 100 characters; what is refused says why."""
+    much = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "statistics", "transient"), 9999 * GiB)
+    row = {"bytes": 59994 * GiB, **much, "host": 9999 * GiB, "fits": False, "at": "head", "seconds": 7190.0}
+    rows = {"tune routers+norms": row | {"remedies": []}, "search": {"refused": "it cannot be."}}
+    figures = {"model": "m", "parameters": 7_300_000, "active_parameters": 950, "devices": "1 x 8 x H100"}
     figures |= {"strategy": "ddp", "precision": "32-true", "batch": "1 x 2 tokens", "memory": 80 * GiB}
     show_plan(figures | {"usable": 72 * GiB, "jobs": rows, "assumed": {"loading_seconds": 30.0}}, "there")
     said = capsys.readouterr().out
-    assert "10.0e9 parameters, 1.0e9 of them active" in said and "2 h" in said and "…" not in said
-    assert "tune all does not fit: 300.0 GiB of 72.0 (head). Nothing that is known here helps." in said
+    assert "7.3M parameters, 950 of them active" in said and "120 min" in said and "…" not in said
+    lines = said.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("job"))) :]
+    assert max(len(line.rstrip()) for line in table[:4]) <= 100 and "59,994" in table[2] and "refused" in table[3]
+    assert "tune routers+norms does not fit: 59,994 GiB of 72.0 (head). Nothing that is known here helps." in said
     assert "search: refused: it cannot be." in said and "there/estimate.json" in said

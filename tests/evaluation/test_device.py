@@ -21,12 +21,15 @@ from lightning_moe.moe.weights import Weight
         ("NVIDIA GH200 480GB", "H200"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
         ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
         ("a100", "A100-40GB"),
         ("NVIDIA A10G", "A10"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA L4", "L4"),
         ("Tesla T4", "T4"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("rtx4090", "RTX 4090"),
+        ("NVIDIA GB200", "B200"),
         ("AMD Instinct MI300X", "MI300X"),
         *((gpu.name, gpu.name) for gpu in GPUS),
     ],
@@ -35,9 +38,13 @@ def test_gpus_by_name(name: str, known: str) -> None:
     assert known_gpu(name).name == known
 
 
-def test_unknown_gpus_are_refused() -> None:
-    with pytest.raises(InputError, match=r"--gpu H101: not known\. Known: .*H100.*--device_memory"):
-        known_gpu("H101")
+@pytest.mark.parametrize(
+    "name", ["H101", "H1000", "H1", "XH100", "A1000", "NVIDIA RTX A1000", "NVIDIA L40", "T400", "RTX", "", "80GB"]
+)
+def test_unknown_gpus_are_refused(name: str) -> None:
+    """Also where a known name is a part of theirs: only a whole word tells."""
+    with pytest.raises(InputError, match=rf"^--gpu {name}: not known\. Known: B200, .*H100.*--device_memory"):
+        known_gpu(name)
 
 
 def test_a_cpu_is_shared_and_measured() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_moe.errors import InputError
+from lightning_moe.moe.checkpoints import resolve
 from lightning_moe.moe.lone_config import lone_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -42,10 +44,23 @@ def test_what_is_no_config_is_refused(tmp_path: Path, content: str, says: str) -
     assert "\n" not in str(error.value) and str(error.value).startswith(f"--model.path {file}")
 
 
-@pytest.mark.parametrize(("path", "says"), [("/no/where", "no such folder"), ("no/such", "on the hub")])
-def test_what_is_not_there_is_refused(path: str, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        lone_config(path)
+@pytest.mark.parametrize("path", ["/no/where", "./nowhere", "~/nowhere", "missing.json", "a/b.json", "a/b/c", "a/b/"])
+def test_what_can_be_no_hub_id_is_refused_at_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub, which takes long to say that it knows no such model, is not asked; neither is it for a model."""
+
+    def asked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("lightning_moe.moe.lone_config.hf_hub_download", asked)
+    monkeypatch.setattr("lightning_moe.moe.checkpoints.snapshot_download", asked)
+    for find in (lone_config, resolve):
+        with pytest.raises(InputError, match=f"^--model.path {path}: no such folder( or file)?\\.$"):
+            find(path)
+
+
+def test_what_the_hub_does_not_know_is_refused() -> None:
+    with pytest.raises(InputError, match="on the hub"):
+        lone_config("no/such")
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lightning_moe.moe.checkpoints import new_model
 from lightning_moe.moe.lone_config import lone_config
 from lightning_moe.moe.sharding import Sharding
 from lightning_moe.moe.split_tensors import is_split, local
-from lightning_moe.moe.weights import active_parameters, total_parameters, weights_of
+from lightning_moe.moe.weights import active_parameters, readable_count, total_parameters, weights_of
 from tests.helpers.families import FAMILIES, tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -81,3 +81,21 @@ def test_order_in_which_stacks_are_made(family: str, order: list[str]) -> None:
     weights = [weight for weight in weights_of(new_model(tiny_config(family))) if weight.layer == 1]
     made = {weight.made: weight.name.rpartition(".")[2] for weight in weights if weight.made is not None}
     assert [made[number] for number in sorted(made)] == order
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.0K"),
+        (7_340_032, "7.3M"),
+        (999_949, "999.9K"),
+        (999_950, "1.0M"),
+        (46_702_792_704, "46.7B"),
+        (671_026_419_200, "671.0B"),
+        (10**12, "1.0T"),
+    ],
+)
+def test_counts_are_readable(parameters: int, said: str) -> None:
+    assert readable_count(parameters) == said

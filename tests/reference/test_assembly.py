@@ -31,6 +31,6 @@ def test_page_names_sources_tokens_and_figures() -> None:
     sources = {"a": {"packages": [package], "files": {"train": {"bytes": 5_000_000}}}}
     curve = [{"step": step, "val/perplexity": 100.0 - step, "val/perplexity/a": 90.0 - step} for step in range(1, 31)]
     page = _provenance(figures, sources, curve)
-    for expected in ("texts 1.2", "CC0", "| 12.3 | 23.4", "| 0 | 0.50 | 1.50 |", "in 30 steps", "6.70 million"):
+    for expected in ("texts 1.2", "CC0", "| 12.3 | 23.4", "| 0 | 0.50 | 1.50 |", "in 30 steps", "6.7M parameters"):
         assert expected in page
     assert len([line for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()]) <= 13

@@ -24,7 +24,7 @@ from lightning_moe.moe.split_tensors import is_split, whole
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.search.in_memory import gradient_figures
 from lightning_moe.stats import gradients
-from lightning_moe.stats.gradients import GradientSums, layer_chunks, sum_bytes, trade, with_gradients
+from lightning_moe.stats.gradients import GradientSums, chunks_of, layer_chunks, sum_bytes, trade, with_gradients
 from lightning_moe.stats.layer_stats import GRADIENTS, LayerStats
 from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.store import ModelStats, load_stats
@@ -276,7 +276,8 @@ def test_chunks_are_all_layers_in_order_and_fit(kibibytes: int) -> None:
     assert [layer.name for chunk in chunks for layer in chunk] == [layer.name for layer in layers]
     assert all(len(chunk) == 1 or len(chunk) * sizes[0] <= kibibytes * 1024 for chunk in chunks)
     assert len(chunks) == -(-3 // max(1, kibibytes * 1024 // sizes[0]))
-    said = trade(chunks, kibibytes * KIB)
+    assert chunks_of(sizes, kibibytes * KIB) == [[layers.index(layer) for layer in chunk] for chunk in chunks]
+    said = trade([sum_bytes(chunk) for chunk in chunks], kibibytes * KIB)
     assert (
         "\n" not in said
         and f"{len(chunks)} pass" in said
