@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_moe.errors import InputError
-from lightning_moe.evaluation.job_memory import PRECISIONS
+from lightning_moe.evaluation.job_setup import PRECISIONS
 from lightning_moe.strategies import PRECISIONS as SPLIT_PRECISIONS
 from lightning_moe.strategies import MoEFSDPStrategy
 

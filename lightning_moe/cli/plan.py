@@ -18,12 +18,15 @@ from lightning_moe.data.datamodule import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, Text
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation import device as devices
 from lightning_moe.evaluation.device import Device, known_gpu, this_cpu, this_gpu
-from lightning_moe.evaluation.job_memory import JOBS, Job, JobMemories, Setup
+from lightning_moe.evaluation.disk_jobs import DiskJob, cutting, thinning
+from lightning_moe.evaluation.job_memory import JobMemories
+from lightning_moe.evaluation.job_passages import note_on
+from lightning_moe.evaluation.job_setup import JOBS, Job, Setup, tunes
 from lightning_moe.evaluation.job_time import job_time
 from lightning_moe.evaluation.remedies import remedies
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.lone_config import lone_config
-from lightning_moe.moe.weight_shards import SHARD_BYTES
+from lightning_moe.moe.semi_structured import check_widths
 from lightning_moe.moe.weights import Weight, active_parameters, total_parameters
 
 USABLE = 0.9
@@ -57,6 +60,7 @@ def plan(
     """The figures of every job; with ``out`` they are written to estimate.json, too."""
     request.check()
     make_config = _config_maker(model)
+    stored = make_config().dtype or torch.float32
     setup = _setup(cluster, model, data, request, make_config())
     search = SearchRequest(0.5).arguments
     tokens = _tokens(data, setup, request, search)
@@ -81,7 +85,11 @@ def plan(
         "batch": f"{setup.windows} x {setup.seq_len} tokens on each rank",
         "memory": where.memory,
         "usable": usable,
-        "jobs": jobs | {"prune": _pruning(memories, request.ratio, setup)},
+        "jobs": jobs
+        | {
+            "prune": _on_disk(lambda: cutting(weights, request.ratio, stored)),
+            "2:4": _on_disk(lambda: _thinning(memories, stored)),
+        },
         "assumed": _assumed(where, weights, setup),
     }
     return {"command": "estimate", **results} if run is None else run.finish(results)
@@ -116,6 +124,7 @@ def _setup(cluster: Cluster, model: MoECausalLM, data: TextDataModule, request: 
         windows=data.batch_size,
         seq_len=data.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN),
         ratio=request.ratio,
+        gradient_memory=model.gradient_memory,
     )
     split = cluster.split
     if split is None:
@@ -136,8 +145,7 @@ def _tokens(data: TextDataModule, setup: Setup, request: PlanRequest, search: Ma
     observed = (data.samples or DEFAULT_SAMPLES) * setup.seq_len
     batches = (request.updates or search["updates"]) * search["accumulate"]
     searched = batches * setup.ranks * setup.windows * setup.seq_len
-    other: dict[Job, int] = {"score": observed, "evaluate": observed, "search": searched}
-    return {job: other.get(job, request.finetune_tokens) for job in JOBS}
+    return {job: request.finetune_tokens if tunes(job) else searched if job == "search" else observed for job in JOBS}
 
 
 def _device(cluster: Cluster, request: PlanRequest) -> Device:
@@ -170,8 +178,8 @@ def _figures(memories: JobMemories, job: Job, setup: Setup, where: Device, usabl
         return {"refused": str(error)}
     fullest = memory.fullest
     weights = memories.weights(job, setup)
-    time = job_time(weights, job, setup, where, tokens)
-    fits = fullest.total <= usable
+    time = job_time(weights, memories.shapes, job, setup, where, tokens)
+    fits, note = fullest.total <= usable, note_on(job, setup, memories.whole.weights, memories.shapes)
     return {
         "bytes": fullest.total,
         **asdict(fullest),
@@ -181,18 +189,22 @@ def _figures(memories: JobMemories, job: Job, setup: Setup, where: Device, usabl
         "tokens": tokens,
         "seconds": None if time is None else round(time.seconds, 1),
         "moving_seconds": None if time is None else round(time.moving, 1),
+        **({} if note is None else {"note": note}),
     }
 
 
-def _pruning(memories: JobMemories, ratio: float, setup: Setup) -> dict[str, Any]:
-    """One cut of a checkpoint: from file to file, at most a file's worth in the CPU's memory, nothing on devices."""
-    kept = sum(w.numel * (1 - ratio * w.stack) for w in memories.whole.weights) * setup.dtype.itemsize
-    return {
-        "bytes": 0,
-        "host": min(int(kept), SHARD_BYTES),
-        "fits": True,
-        "seconds": round(2 * kept / devices.READING, 1),
-    }
+def _on_disk(work: Callable[[], DiskJob]) -> dict[str, Any]:
+    """What a job takes that goes from file to file, and nothing on devices."""
+    try:
+        found = work()
+    except InputError as error:
+        return {"refused": str(error)}
+    return {"bytes": 0, "host": found.host, "fits": True, "seconds": round(found.seconds, 1)}
+
+
+def _thinning(memories: JobMemories, stored: torch.dtype) -> DiskJob:
+    check_widths(memories.whole.moe_layers)
+    return thinning(memories.whole.weights, stored)
 
 
 def _assumed(where: Device, weights: list[Weight], setup: Setup) -> dict[str, Any]:

@@ -62,6 +62,9 @@ def show_plan(results: Mapping[str, Any], out: str | None) -> None:
             console.print(f"{job}: refused: {row['refused']}")
         elif not row["fits"]:
             console.print(f"{job} does not fit: {_gib(row['bytes'])} GiB of {usable} ({row['at']}). {_remedies(row)}")
+    for row in results["jobs"].values():
+        if "note" in row:
+            console.print(f"{row['note']}.")
     loading = _duration(results["assumed"]["loading_seconds"])
     console.print(
         f"RAM: GiB of its node's memory that a rank takes besides. Times are rough, and without loading ({loading})."

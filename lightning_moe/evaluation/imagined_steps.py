@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_moe.callbacks.router_rebalance import Trained, trained_parameters
 from lightning_moe.modules.causal_lm import MoECausalLM, next_token_loss
 from lightning_moe.moe.checkpoints import new_model
-from lightning_moe.moe.experts import IMPLEMENTATION, expert_hooks
+from lightning_moe.moe.experts import IMPLEMENTATION, ExpertHooks, expert_hooks
+from lightning_moe.moe.layer_inputs import LayerInputs
 from lightning_moe.moe.layer_passages import StepBytes, trace_step
 from lightning_moe.moe.layers import UNPACK, find_moe_layers
 from lightning_moe.moe.live_bytes import LiveBytes, imagined
@@ -26,6 +27,8 @@ from lightning_moe.moe.quantisation import Quantisation
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.moe.weights import weights_of
 from lightning_moe.search.diep import DiEPSearch
+from lightning_moe.stats.gradients import GradientSums
+from lightning_moe.stats.input_norms import InputSums
 from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.weights import weight_stats
 
@@ -53,6 +56,13 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         ids = torch.ones(self.windows, self.seq_len, dtype=torch.long)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class _Unsummed(GradientSums):
+    """Leaves gradients where they are."""
+
+    def _adder(self, key: tuple[str, str]) -> Callable[[Tensor], None]:
+        return lambda stack: None
 
 
 class ImaginedModel:
@@ -143,6 +153,63 @@ class ImaginedModel:
                 module.decode(batch.tensors())
 
         return self._trace(batch, step, training=False)[0]
+
+    def watch(self, batch: Batch) -> StepBytes:
+        """A batch of the pass that sums input norms up for ``2:4-wanda``, without the sums.
+
+        One expert of each layer is given all tokens, which takes most.
+        """
+
+        def see(stack: str, inputs_NI: Tensor, token_N: Tensor, count_E: Tensor) -> None:
+            inputs_NI[: batch.tokens].float().square().sum(0, dtype=torch.float64)
+
+        def step(module: MoECausalLM, backward: Backward) -> None:
+            hooks = {layer.name: ExpertHooks(watch=see) for layer in self.moe_layers}
+            with torch.no_grad(), expert_hooks(self.network, self.moe_layers, hooks):
+                module.decode(batch.tensors())
+
+        return self._trace(batch, step, training=False)[0]
+
+    def input_sums(self) -> int:
+        """What that pass sums up on the device."""
+        with torch.device("meta"):
+            sums = InputSums(self.network).sums()
+        return sum(tensor.nbytes for tensor in sums.values())
+
+    def recorded(self, batch: Batch) -> int:
+        """What ``scan`` holds of a batch while it runs it again and again: hidden states, and logits of routers."""
+        inputs = LayerInputs(self.network, [layer.parts.index for layer in self.moe_layers])
+
+        def step(module: MoECausalLM, backward: Backward) -> None:
+            with torch.no_grad(), inputs.recorded():
+                module.decode(batch.tensors())
+
+        self._trace(batch, step, training=False)
+        return inputs.nbytes + 4 * batch.tokens * sum(layer.num_experts for layer in self.moe_layers)
+
+    def gradients(self, batch: Batch, layers: Collection[int], whole: bool) -> StepBytes:
+        """A batch of the pass that sums the gradients of these decoder layers' experts, without the sums.
+
+        ``whole``: those of a split model, which stay until their layer is done, when they are reduced.
+        """
+        chosen = [layer for layer in self.moe_layers if layer.parts.index in layers]
+        sums = _Unsummed(chosen) if whole else GradientSums(chosen)
+        stacks = {id(stack) for layer in chosen for stack in stacked_parameters(layer.experts).values()}
+        for parameter in self.network.parameters():  # now, too: a trace asks what learns before it begins
+            parameter.requires_grad_(id(parameter) in stacks)
+
+        def step(module: MoECausalLM, backward: Backward) -> None:
+            tensors = batch.tensors()
+            for _ in range(2):  # the second time there are sums to add to
+                with sums.attached(self.network):
+                    loss_B, _ = next_token_loss(module(tensors), tensors)
+                    with torch.autocast("cpu", enabled=False):
+                        backward(loss_B.sum())
+                    torch.clear_autocast_cache()
+                del loss_B  # which holds on to what checkpointing keeps
+
+        first, second = self._trace(batch, step, training=False)
+        return replace(second, entry=first.entry)
 
     def tune(self, batch: Batch) -> StepBytes:
         """A batch of tuning what ``learn`` said."""

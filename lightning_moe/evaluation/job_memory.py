@@ -6,107 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from lightning_moe.callbacks.router_rebalance import Trained
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation.imagined_steps import Batch, ImaginedModel
-from lightning_moe.evaluation.rank_memory import Layout, Moment, RankMemory
+from lightning_moe.evaluation.job_passages import gradient_chunks, scanned_experts
+from lightning_moe.evaluation.job_setup import FORWARD, TRAINED, Job, Setup, tunes
+from lightning_moe.evaluation.rank_memory import Moment, RankMemory
 from lightning_moe.moe.layer_passages import StepBytes
+from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.quantisation import BLOCKS, Quantisation
+from lightning_moe.moe.semi_structured import check_widths
 from lightning_moe.moe.weights import Weight
 from lightning_moe.pruning.budget import blank_scores, make_plan
 from lightning_moe.stats.minibatch_cka import CHUNK_VALUES, PER_EXPERT
-
-Job = Literal["score", "search", "evaluate", "tune all", "tune routers+norms", "tune routers"]
-JOBS: tuple[Job, ...] = get_args(Job)
-
-TRAINED: dict[Job, Trained] = {
-    "tune all": "all",
-    "tune routers+norms": "routers+norms",
-    "tune routers": "routers",
-}
-
-PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
-    "32-true": (None, None),
-    "bf16-mixed": (torch.bfloat16, None),
-    "16-mixed": (torch.float16, None),
-    "bf16-true": (None, torch.bfloat16),
-    "16-true": (None, torch.float16),
-}
-"""Precisions of the Trainer: the type it computes in, and the one it converts weights to, where it says so."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How and where jobs run.
-
-    Args:
-        devices: On each node.
-        nodes: How many.
-        strategy: One device; DDP; or moe_fsdp, with its arguments ``replicas``, ``cpu_offload`` and ``quantize``.
-        replicas: Copies of the model.
-        recompute: Activation checkpointing.
-        cpu_offload: Whether GPUs leave what is split in the CPU's memory.
-        quantize: How experts are packed in ``score``, ``search`` and ``evaluate``.
-        gpu: Whether the devices are GPUs.
-        precision: Of the Trainer.
-        dtype: Of the weights as they are loaded, but for tuning.
-        tuned_dtype: Of the weights as they are loaded to be tuned.
-        windows: Per batch and rank.
-        seq_len: Tokens per window.
-        ratio: Share of the experts that are gone when the model is tuned.
-    """
-
-    devices: int = 1
-    nodes: int = 1
-    strategy: Literal["one device", "ddp", "moe_fsdp"] = "one device"
-    replicas: int = 1
-    recompute: bool = False
-    cpu_offload: bool = False
-    quantize: Quantisation | None = None
-    gpu: bool = False
-    precision: str = "32-true"
-    dtype: torch.dtype = torch.float32
-    tuned_dtype: torch.dtype = torch.float32
-    windows: int = 8
-    seq_len: int = 2048
-    ratio: float = 0.5
-
-    @property
-    def ranks(self) -> int:
-        return self.devices * self.nodes
-
-    @property
-    def computed(self) -> torch.dtype | None:
-        """The type that autocast computes in."""
-        return PRECISIONS[self.precision][0]
-
-    def stored(self, job: Job) -> torch.dtype:
-        """The type of the weights while a job runs."""
-        return PRECISIONS[self.precision][1] or (self.tuned_dtype if tunes(job) else self.dtype)
-
-    @property
-    def layout(self) -> Layout:
-        if self.strategy != "moe_fsdp":
-            return Layout(buckets=self.strategy == "ddp", gpu=self.gpu)
-        offload = self.cpu_offload and self.gpu
-        return Layout(self.ranks // self.replicas, True, self.computed, offload=offload, gpu=self.gpu)
-
-    def refuse(self, job: Job) -> None:
-        """Raise ``InputError`` for what the job will not do."""
-        if not tunes(job):
-            return
-        if self.precision.endswith("-true") and not self.precision.startswith("32"):
-            raise InputError(f"small steps vanish in {self.precision}; give bf16-mixed.")
-        if self.quantize is not None:
-            raise InputError("tuning changes what quantize packs; leave quantize out.")
-        if self.tuned_dtype.itemsize < 4 and (job == "tune all" or self.precision != "bf16-mixed"):
-            raise InputError(
-                "small steps vanish in 16 bits; leave --model.dtype out, or tune routers and norms in bf16-mixed."
-            )
 
 
 @dataclass(frozen=True)
@@ -142,28 +57,50 @@ class JobMemories:
         """The experts that stay; raises ``InputError`` for a ratio that cannot be, but 0 is fine here."""
         if ratio == 0:
             return {}
-        return make_plan(blank_scores([layer.shape for layer in self.whole.moe_layers]), ratio, "layer").keep
+        return make_plan(blank_scores(self.shapes), ratio, "layer").keep
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """The MoE layers of the whole model."""
+        return [layer.shape for layer in self.whole.moe_layers]
 
     def estimate(self, job: Job, setup: Setup) -> JobMemory:
         """Raises ``InputError`` for what the job refuses."""
         setup.refuse(job)
+        self._refuse(job)
+        backward = job not in FORWARD
         model, learns = self._model(job, setup)
-        batch = Batch(setup.windows, setup.seq_len, setup.computed, setup.recompute and not _only_forward(job))
-        place = (id(model), job, batch)
+        batch = Batch(setup.windows, setup.seq_len, setup.computed, setup.recompute and backward)
+        chunks = gradient_chunks(self.whole.weights, setup) if job == "gradients" else []
+        # The pass of the first chunk holds most activations: it goes back through all layers. Where chunks are unlike,
+        # they are counted with the sums of the largest.
+        first = frozenset(chunks[0]) if chunks else frozenset()
+        place = (id(model), job, batch, first, setup.layout.split)
         if place not in self._traces:
-            self._traces[place] = self._trace(model, job, batch)
+            self._traces[place] = self._trace(model, job, batch, first, setup.layout.split)
         passes, statistics, figures = self._traces[place]
         statistics += 0 if setup.quantize is None else self._scales(setup.quantize)
-        memory = RankMemory(model.weights, setup.layout, learns, statistics, self.weights(job, setup))
+        sums = max((sum(chunk.values()) for chunk in chunks), default=0)
+        on_device, on_host = (0, sums) if setup.layout.offload else (sums, 0)
+        summed = frozenset(weight.name for weight in model.weights if weight.stack and weight.layer in first)
+        unpacked = self.weights(job, setup)
+        memory = RankMemory(model.weights, setup.layout, learns, statistics + on_device, unpacked, summed)
         moments = [memory.loading()]
         for number, step in enumerate(passes):
             names = ("",) if len(passes) == 1 else ("teacher", "student")
-            moments += memory.moments(step, not _only_forward(job) and number == len(passes) - 1, names[number])
+            moments += memory.moments(step, backward and number == len(passes) - 1, names[number])
         if job == "score":
             moments += [memory.observing(*self._observed(passes[0], batch)), memory.figures(figures)]
         if tunes(job):
             moments.append(memory.saving())
-        return JobMemory(job, tuple(moments), memory.host_bytes)
+        return JobMemory(job, tuple(moments), memory.host_bytes + on_host)
+
+    def _refuse(self, job: Job) -> None:
+        """Raise ``InputError`` for what the job will not do to this model."""
+        if job == "scan" and not scanned_experts(self.shapes, None):
+            raise InputError("each layer has as many experts as its router picks, so none can be removed.")
+        if job == "2:4-wanda":
+            check_widths(self.whole.moe_layers)
 
     def weights(self, job: Job, setup: Setup) -> list[Weight]:
         """The weights that work in a job, not packed."""
@@ -183,10 +120,19 @@ class JobMemories:
         learns = self._models[kind].learn(TRAINED.get(job, "all"))
         return self._models[kind], learns if tunes(job) else frozenset()
 
-    def _trace(self, model: ImaginedModel, job: Job, batch: Batch) -> tuple[list[StepBytes], int, int]:
+    def _trace(
+        self, model: ImaginedModel, job: Job, batch: Batch, summed: frozenset[int], split: bool
+    ) -> tuple[list[StepBytes], int, int]:
         """Passes of a step; statistics that stay; what figures of the weights take."""
         if job == "score":
             return [model.observe(batch)], model.statistics(), model.weight_figures()
+        if job == "2:4-wanda":
+            return [model.watch(batch)], model.input_sums(), 0
+        if job == "scan":
+            step = model.evaluate(batch)
+            return [replace(step, entry=step.entry + model.recorded(batch))], 0, 0
+        if job == "gradients":
+            return [model.gradients(batch, summed, whole=split)], 0, 0
         if job == "evaluate":
             return [model.evaluate(batch)], 0, 0
         return model.search(batch, self._search) if job == "search" else [model.tune(batch)], 0, 0
@@ -210,11 +156,3 @@ class JobMemories:
             activations = max(activations, 4 * width * (outputs + 4 * batch.tokens))
             transient = max(transient, 4 * width * (min(outputs, rows * sequences) + rows * sequences))
         return step.entry + activations, transient
-
-
-def tunes(job: Job) -> bool:
-    return job.startswith("tune")
-
-
-def _only_forward(job: Job) -> bool:
-    return job in ("score", "evaluate")

@@ -7,17 +7,9 @@ At its fullest moment a job takes the sum of
   then those of later layers are there when an earlier one goes back. DDP's buckets hold them a second time, always;
 - optimizer: AdamW's two moments, of the type of the weights;
 - activations: all else that lives in a step, the gradients of the layer at work included (``StepBytes``);
-- statistics: what ``score`` sums up;
-- transient: gathered weights, buffers of collectives, and what the optimizer's step or the loading makes on the way.
-
-Of a split model each decoder layer is gathered before it computes. Let ``g`` be its split weights in the type they are
-gathered in. The all-gather fills a buffer of ``g``, from a copy of the rank's part where types differ; gloo, on CPUs,
-fills it over another ``g``. From the buffer ``g`` is copied out, what is not split along its first dimension over one
-copy more. In a forward the buffer of the layer before is there until then. In a backward the buffer of the layer to
-come is filled before a layer computes. A layer's gradients are whole until its backward is done, and are then copied
-into a float32 buffer to be reduced (gloo: with a copy of it), which stays until that of the next layer takes its place.
-What belongs to no decoder layer is gathered from the beginning of a forward to its end and again through the backward,
-at whose end its gradients, whole until then, are reduced. On a GPU the blocks that buffers had serve nothing else.
+- statistics: what a job sums up;
+- transient: gathered weights and buffers of collectives (``Gathering``), and what the optimizer's step or the loading
+  makes on the way.
 
 The allocator's own share is not in here: a GPU's caching allocator keeps freed blocks of unfit size, and CUDA, its
 libraries and NCCL take 1 to 2 GiB; glibc keeps freed blocks of less than 32 MiB.
@@ -25,18 +17,14 @@ libraries and NCCL take 1 to 2 GiB; glibc keeps freed blocks of less than 32 MiB
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
-
+from lightning_moe.evaluation.gathering import Gathering, Layout
 from lightning_moe.moe.layer_passages import StepBytes
 from lightning_moe.moe.weight_shards import SHARD_BYTES
 from lightning_moe.moe.weights import Weight
-
-REDUCED_BYTES = 4
-"""Of a gradient while it is reduced over ranks."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +45,6 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model lies on the ranks, and what they are.
-
-    Args:
-        ranks: That one copy of the model is split over.
-        split: Whether the model is split and gathered by moe_fsdp, be it on one rank.
-        gathered: Type in which decoder layers are gathered; None is that of the weights.
-        buckets: Whether DDP keeps buckets of gradients.
-        offload: Whether what is split lies in the CPU's memory, with its gradients and optimizer.
-        gpu: Whether ranks compute on GPUs.
-    """
-
-    ranks: int = 1
-    split: bool = False
-    gathered: torch.dtype | None = None
-    buckets: bool = False
-    offload: bool = False
-    gpu: bool = False
-
-    def itemsize(self, weight: Weight) -> int:
-        """Bytes of one number of a weight that is gathered: what belongs to no decoder layer is gathered as it is."""
-        as_it_is = weight.layer is None or not weight.dtype.is_floating_point
-        return (weight.dtype if as_it_is else self.gathered or weight.dtype).itemsize
-
-
-@dataclass(frozen=True)
 class RankMemory:
     """The moments of a job that has these weights.
 
@@ -92,6 +54,7 @@ class RankMemory:
         learns: Names of those that learn.
         statistics: Bytes that stay through the job.
         unpacked: The weights as they are read, where some are packed then.
+        summed: Names of those whose gradients are summed up, in ``statistics``, and are gone once their layer is done.
     """
 
     weights: Sequence[Weight]
@@ -99,20 +62,21 @@ class RankMemory:
     learns: frozenset[str] = field(default_factory=frozenset)
     statistics: int = 0
     unpacked: Sequence[Weight] = ()
+    summed: frozenset[str] = field(default_factory=frozenset)
 
     @cached_property
     def weight_bytes(self) -> int:
-        return self._held(self.weights)
+        return self.layout.held(self.weights)
 
     @cached_property
     def optimizer_bytes(self) -> int:
         """AdamW's two moments."""
-        return 2 * self._held(self._learning)
+        return 2 * self.layout.held(self._learning)
 
     @cached_property
     def gradient_bytes(self) -> int:
         """Of a finished backward; twice with DDP."""
-        return self._held(self._learning) + self._buckets
+        return self.layout.held(self._learning) + self._buckets
 
     @property
     def host_bytes(self) -> int:
@@ -165,19 +129,19 @@ class RankMemory:
 
     def observing(self, activations: int, transient: int) -> Moment:
         """While statistics are taken of what a layer's experts gave."""
-        largest = max(self._gathered(layer) for layer in self._layers)
-        return self.moment("statistics of a layer", activations, transient + self._gathered(None) + 2 * largest)
+        largest = max(self._gathering.whole(layer) for layer in self._layers)
+        return self.moment("statistics of a layer", activations, transient + self._gathering.whole(None) + 2 * largest)
 
     def figures(self, transient: int) -> Moment:
         """While figures are made of a layer's experts, which of a split model are gathered once more for it."""
-        whole = max(sum(_bytes(w) for w in self._split(layer) if w.stack) for layer in self._layers)
+        whole = max(sum(_bytes(w) for w in self._gathering.split(layer) if w.stack) for layer in self._layers)
         return self.moment("figures of the weights", 0, transient + whole)
 
     def moments(self, step: StepBytes, backward: bool = False, name: str = "") -> Iterator[Moment]:
         """The moments of one pass through the model, with its backward and an optimizer's step if it has some."""
-        after, count = (f", {name}" if name else ""), len(step.layers)
-        root, gathered = self._gathered(None), [self._gathered(layer) for layer in range(count)]
-        filling, copying = ([one(layer) for layer in range(count)] for one in (self._filling, self._copying))
+        after, count, ranks = (f", {name}" if name else ""), len(step.layers), self._gathering
+        root, gathered = ranks.whole(None), [ranks.whole(layer) for layer in range(count)]
+        filling, copying = ([one(layer) for layer in range(count)] for one in (ranks.filling, ranks.copying))
         kept, level, levels = self.gradient_bytes if backward else 0, step.entry, []
         for layer, passage in enumerate(step.layers):
             buffer = gathered[layer - 1] if layer else 0
@@ -202,12 +166,13 @@ class RankMemory:
                 yield self.moment(f"gathering of layer {layer} for its backward{after}", before, gathering, kept)
             back, computing = level + step.layers[layer].backward, root + gathered[layer] + coming + reducing
             yield self.moment(f"backward of layer {layer}{after}", back, computing, kept)
-            reducing = self._reduced(layer)
-            copies = self._whole_gradients(layer) if self.layout.gpu else reducing
+            reducing = ranks.reduction(layer)
+            copies = ranks.gradients(layer) if self.layout.gpu else reducing
             reduction = root + coming + reducing + copies
             if reducing:
-                yield self.moment(f"reduction of layer {layer}{after}", level, reduction, self._kept_above(layer - 1))
-        transient = root + reducing + self._whole_gradients(None)
+                kept = self._kept_above(layer - 1) + self._passing(layer)
+                yield self.moment(f"reduction of layer {layer}{after}", level, reduction, kept)
+        transient = root + reducing + ranks.gradients(None)
         yield self.moment(f"end of the backward{after}", step.entry + step.end, transient, self._kept_above(-1))
         if self.learns:
             yield self.moment("step of the optimizer", 0, self._step_bytes(), self.gradient_bytes)
@@ -229,15 +194,7 @@ class RankMemory:
 
     @cached_property
     def _buckets(self) -> int:
-        return self._held(self._learning) if self.layout.buckets else 0
-
-    def _held(self, weights: Iterable[Weight]) -> int:
-        """Of weights, or of what is like them, on this rank's device."""
-        return sum(
-            weight.on_rank(self.layout.ranks) * weight.dtype.itemsize
-            for weight in weights
-            if not (self.layout.offload and weight.split)
-        )
+        return self.layout.held(self._learning) if self.layout.buckets else 0
 
     def _kept_above(self, layer: int) -> int:
         """Gradients that are there when a layer goes back: of the layers above it, and of the head, still whole."""
@@ -247,47 +204,21 @@ class RankMemory:
 
     @cached_property
     def _layer_gradients(self) -> dict[int, int]:
-        return {one: self._held(w for w in self._by_layer[one] if w.name in self.learns) for one in self._layers}
+        return {one: self.layout.held(w for w in self._by_layer[one] if w.name in self.learns) for one in self._layers}
 
-    def _split(self, layer: int | None) -> list[Weight]:
-        """What is gathered with a layer, or with the rest of the model."""
-        return [weight for weight in self._by_layer[layer] if weight.split] if self.layout.split else []
+    def _passing(self, layer: int) -> int:
+        """A rank's part of a layer's gradients that are on their way to the sums."""
+        return self.layout.held(weight for weight in self._by_layer[layer] if weight.name in self.summed)
 
-    def _gathered(self, layer: int | None, copied: bool = False) -> int:
-        """Bytes of a layer as it is gathered; ``copied``: of what is not split along its first dimension alone."""
-        return sum(
-            weight.numel * self.layout.itemsize(weight)
-            for weight in self._split(layer)
-            if not (copied and weight.split_dimension(self.layout.ranks) == 0)
-        )
-
-    def _filling(self, layer: int) -> int:
-        """The buffer of a layer's all-gather, with what it is filled from and over."""
-        gathered = self._gathered(layer)
-        cast = sum(
-            weight.on_rank(self.layout.ranks) * self.layout.itemsize(weight)
-            for weight in self._split(layer)
-            if self.layout.itemsize(weight) != weight.dtype.itemsize
-        )
-        return gathered + cast + (0 if self.layout.gpu or self.layout.ranks == 1 else gathered)
-
-    def _copying(self, layer: int) -> int:
-        """That buffer, and what is copied out of it."""
-        return 2 * self._gathered(layer) + self._gathered(layer, copied=True)
-
-    def _whole_gradients(self, layer: int | None) -> int:
-        """Gradients of a split layer before they are reduced; 0 where nothing is split."""
-        return sum(w.numel * self.layout.itemsize(w) for w in self._split(layer) if w.name in self.learns)
-
-    def _reduced(self, layer: int) -> int:
-        """The buffer that a layer's gradients are reduced in."""
-        return sum(weight.numel * REDUCED_BYTES for weight in self._split(layer) if weight.name in self.learns)
+    @cached_property
+    def _gathering(self) -> Gathering:
+        return Gathering(self.layout, self._by_layer, self.learns | self.summed)
 
     def _step_bytes(self) -> int:
         """What AdamW makes on the way: on GPUs one number for each that learns; else two of a weight at a time, beside
         one of the weight before."""
         groups = sorted(self._learning, key=lambda weight: len(weight.shape) < 2 or weight.looked_up)  # by decay
-        sizes = [self._held([weight]) for weight in groups]
+        sizes = [self.layout.held([weight]) for weight in groups]
         if self.layout.gpu:
             return sum(sizes)
         return max((2 * size + before for size, before in zip(sizes, [0, *sizes], strict=False)), default=0)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lightning_moe.errors import InputError
-from lightning_moe.evaluation.job_memory import Job, JobMemories, Setup, tunes
+from lightning_moe.evaluation.job_memory import JobMemories
+from lightning_moe.evaluation.job_setup import FORWARD, Job, Setup, tunes
 
 PER_NODE = 8
 """Devices on a node before another node is asked for."""
@@ -15,6 +16,9 @@ MOST_DEVICES = 1024
 
 RATIOS = (0.5, 0.625, 0.75, 0.875)
 """Shares of the experts to drop before tuning."""
+
+LEAST_SUMS = 0.125
+"""GiB of gradients' sums below which one layer at a time is what there is."""
 
 Change = Callable[[Setup], Setup]
 
@@ -47,6 +51,7 @@ def remedies(memories: JobMemories, job: Job, setup: Setup, usable: int) -> list
         return next(([one] for words, changed in variants for one in tried(words, changed)), [])
 
     found = [one for words, change in _free_changes(job, setup) for one in tried(words, change(setup))]
+    found += first(_fewer_sums(job, setup))
     found += first(_smaller_batches(setup))
     if job == "tune all":
         found += tried("--recovery.train routers+norms", setup, "tune routers+norms")
@@ -60,12 +65,18 @@ def remedies(memories: JobMemories, job: Job, setup: Setup, usable: int) -> list
 
 
 def _together(job: Job, setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """The changes that are free, one more at a time, then smaller batches, then more devices besides."""
+    """The changes that are free, one more at a time, then fewer sums, smaller batches, and more devices besides."""
     words: list[str] = []
     while free := next(_free_changes(job, setup), None):  # one may open the way to others
         words.append(free[0])
         setup = free[1](setup)
         yield " and ".join(words), setup
+    fewest: tuple[str, Setup] | None = None
+    for fewest in _fewer_sums(job, setup):
+        yield " and ".join([*words, fewest[0]]), fewest[1]
+    if fewest is not None:
+        words.append(fewest[0])
+        setup = fewest[1]
     for more, changed in _smaller_batches(setup):
         yield " and ".join([*words, more]), changed
     if setup.windows > 1:
@@ -79,15 +90,23 @@ def _free_changes(job: Job, setup: Setup) -> Iterator[tuple[str, Change]]:
     split = setup.strategy == "moe_fsdp"
     if not split and setup.ranks > 1 and setup.precision in ("32-true", "bf16-mixed", "bf16-true"):
         yield "--trainer.strategy moe_fsdp", lambda one: replace(one, strategy="moe_fsdp")
-    if job not in ("score", "evaluate") and not setup.recompute:
+    if job not in FORWARD and not setup.recompute:
         words = "moe_fsdp's activation_checkpointing" if split else "--model.gradient_checkpointing true"
         yield words, lambda one: replace(one, recompute=True)
     if split and setup.precision == "32-true":
         yield "--trainer.precision bf16-mixed", lambda one: replace(one, precision="bf16-mixed")
     if split and setup.gpu and not setup.cpu_offload:
         yield "moe_fsdp's cpu_offload", lambda one: replace(one, cpu_offload=True)
-    if split and not tunes(job) and setup.quantize is None:
+    if split and not tunes(job) and job != "gradients" and setup.quantize is None:
         yield "moe_fsdp's quantize nf4", lambda one: replace(one, quantize="nf4")
+
+
+def _fewer_sums(job: Job, setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Half as many gradients at once, and half again: more passes over the text."""
+    memory = setup.gradient_memory
+    while job == "gradients" and memory > LEAST_SUMS:
+        memory /= 2
+        yield f"--model.gradient_memory {memory:g}", replace(setup, gradient_memory=memory)
 
 
 def _smaller_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:

@@ -74,6 +74,11 @@ class LayerInputs:
         with standing_in(self.layers, passed):
             yield
 
+    @property
+    def nbytes(self) -> int:
+        """That it holds."""
+        return sum(hidden.nbytes for hidden in self._inputs.values())
+
     def forget(self) -> None:
         """Let go of the memory."""
         self._inputs = {}

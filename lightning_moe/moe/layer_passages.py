@@ -58,11 +58,13 @@ Step = Callable[[Callable[[Tensor], None]], None]
 def trace_step(model: nn.Module, step: Step) -> list[StepBytes]:
     """Run a step on tensors without content (see ``imagined``) and say what each of its passes through the model holds.
 
-    Of decoder layers that are alike one is run, the first aside: it is given what no gradient may be asked for. The
-    rest hand on what they are given.
+    Of decoder layers that are alike one is run, the first aside: it is given what no gradient may be asked for. So are
+    others up to the first with weights that learn, which tells them from those above it. The rest hand on what they are
+    given.
     """
     layers = decoder_layers(model)
-    kinds = [_kind(layer) for layer in layers]
+    learns = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+    kinds = [(*_kind(layer), any(learns[:number])) for number, layer in enumerate(layers)]
     samples = [0, *(kinds.index(kind, 1) for kind in kinds[1:])]
     roots = {id(parameter) for parameter in model.parameters()}
     roots -= {id(parameter) for layer in layers for parameter in layer.parameters()}

@@ -11,7 +11,7 @@ import torch
 
 from lightning_moe.cli.plan_table import show_plan
 from lightning_moe.evaluation.device import GiB
-from lightning_moe.evaluation.job_memory import JOBS
+from lightning_moe.evaluation.job_setup import JOBS
 from tests.helpers.checkpoint import Commands, contents, read
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -37,7 +37,7 @@ def test_a_config_is_enough(run: Commands, alone: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     said = run.ok("plan", "--model.path", alone, "--gpu", "H100").out
     assert contents(tmp_path) == before
-    for word in (*JOBS, "prune", "weights", "optim", "activ.", "GiB"):
+    for word in (*JOBS, "prune", "2:4 ", "16 forwards", "weights", "optim", "activ.", "GiB"):
         assert word in said
 
 
@@ -84,9 +84,13 @@ def test_figures_follow_the_options(run: Commands, alone: Path, tmp_path: Path) 
     base = ("--trainer.accelerator", "cpu", "--flops", 1e6, "--data.seq_len", 16)
     plain = estimate(*base)
     longer = estimate(*base, "--updates", 120, "--finetune_tokens", 2_000_000, "--data.samples", 512)
-    for job in ("score", "search", "tune all"):
+    for job in ("score", "gradients", "scan", "2:4-wanda", "search", "tune all"):
         assert longer[job]["seconds"] == pytest.approx(2 * plain[job]["seconds"], rel=0.1)
         assert longer[job]["bytes"] == plain[job]["bytes"]
+    few = estimate(*base, "--model.gradient_memory", 1e-9)
+    assert few["gradients"]["statistics"] == plain["gradients"]["statistics"] / 2
+    assert few["gradients"]["seconds"] > 1.4 * plain["gradients"]["seconds"]
+    assert "2 passes" in str(few["gradients"]["note"]) and "1 pass " in str(plain["gradients"]["note"])
     wider = estimate(*base, "--ratio", 0.25, "--data.batch_size", 16)
     assert wider["tune all"]["weights"] > plain["tune all"]["weights"]
     assert wider["search"]["activations"] > plain["search"]["activations"]
@@ -101,7 +105,9 @@ def test_moe_fsdp_with_its_arguments(run: Commands, alone: Path, tmp_path: Path)
     asked = (*strategy, "--trainer.strategy.replicas", 2, "--trainer.strategy.quantize", "nf4")
     run.ok("plan", "--model.path", alone, "--trainer.devices", 4, *asked, "--device_memory", 1, "--out", tmp_path)
     jobs = read(tmp_path / "estimate.json")["jobs"]
-    assert "leave quantize out" in jobs["tune all"]["refused"] and jobs["score"]["fits"] is True
+    assert jobs["score"]["fits"] is True
+    for job in ("gradients", "tune all"):
+        assert "leave quantize out" in jobs[job]["refused"]
 
 
 def test_a_new_model_has_no_path(run: Commands, alone: Path) -> None:

@@ -12,12 +12,16 @@ from torch import Tensor
 from lightning_moe.callbacks.router_rebalance import Trained, trained_parameters
 from lightning_moe.cli.search import SearchRequest
 from lightning_moe.evaluation.imagined_steps import Batch, ImaginedModel
-from lightning_moe.modules.causal_lm import MoECausalLM
+from lightning_moe.modules.causal_lm import MoECausalLM, next_token_loss
+from lightning_moe.moe import live_bytes
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.live_bytes import LiveBytes
 from lightning_moe.moe.quantisation import Quantisation, quantise_experts
 from lightning_moe.moe.weights import weights_of
 from lightning_moe.search.diep import DiEPSearch
+from lightning_moe.search.expert_scan import ExpertScan
+from lightning_moe.stats.gradients import GradientSums
+from lightning_moe.stats.input_norms import InputSums
 from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.weights import weight_stats
 from tests.helpers.families import FAMILIES, tiny_config, tiny_model
@@ -88,6 +92,83 @@ def test_searches_without_a_teacher_make_one_pass() -> None:
     model = ImaginedModel(tiny_config("mixtral"), torch.float32)
     assert len(model.search(Batch(1, 8), ARGUMENTS)) == 2
     assert len(model.search(Batch(1, 8), ARGUMENTS | {"weight": 0.0})) == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 2), (3,)], ids=str)
+def test_a_pass_for_gradients_holds_what_it_holds(layers: tuple[int, ...], recompute: bool) -> None:
+    """From the second batch on there are the sums, beside which a gradient is there at a time."""
+    batch, model = Batch(2, 64, recompute=recompute), tiny_model("mixtral", num_hidden_layers=4).eval()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = MoECausalLM().adopt(model)
+    sums = GradientSums([layer for layer in find_moe_layers(model) if layer.parts.index in layers])
+
+    def backward() -> tuple[int, int]:
+        live.begin()
+        tensors = batch.tensors()
+        with sums.attached(model):
+            loss_B, _ = next_token_loss(module(tensors), tensors)
+            forward = live.peak
+            live.begin()
+            sums.backward(loss_B.sum())
+        return forward, live.peak
+
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        backward()
+        held = sum(tensor.nbytes for tensor in sums._sums.values())
+        real = [peak - held for peak in backward()]
+    step = ImaginedModel(tiny_config("mixtral", num_hidden_layers=4), torch.float32).gradients(batch, layers, False)
+    assert [forward_peak(step), backward_peak(step)] == pytest.approx(real, abs=100)  # of losses
+
+
+def test_gradients_of_a_split_model_stay_until_their_layer_is_done() -> None:
+    """Gate and up's joins down's: a third of a layer's matrices more."""
+    model = ImaginedModel(tiny_config("mixtral", num_hidden_layers=4), torch.float32)
+    summed, whole = (model.gradients(Batch(1, 4), [0, 1, 2, 3], whole=one) for one in (False, True))
+    down = find_moe_layers(model.network)[1].experts.get_parameter("down_proj").nbytes
+    assert whole.layers[1].backward - summed.layers[1].backward == down
+    assert [one.saved for one in whole.layers] == [one.saved for one in summed.layers]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_a_scan_holds_what_an_evaluation_does_and_what_it_recorded(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, model = Batch(2, 64), tiny_model(family, num_hidden_layers=4).eval()
+    tensors, scan = batch.tensors(), ExpertScan(model)
+    tensors["input_ids"] = torch.randint(0, 16, (2, 64))
+    monkeypatch.setattr(live_bytes, "STAND_INS", {})  # routers are to see what they see
+    with LiveBytes([*model.parameters(), *model.buffers(), *tensors.values()]) as live, torch.no_grad():
+        with scan.recorded():
+            MoECausalLM().adopt(model).decode(tensors)
+        recorded = live.now
+        scan.add(tensors)
+    monkeypatch.undo()
+    imagined = ImaginedModel(tiny_config(family, num_hidden_layers=4), torch.float32)
+    held = imagined.recorded(batch)
+    assert held <= recorded < held + 100
+    assert live.peak == pytest.approx(held + forward_peak(imagined.evaluate(batch)), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pass_for_input_norms_holds_what_it_holds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one expert gets all tokens, here every one, and their squares are made of its inputs."""
+    batch, alone = Batch(2, 64), {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 256}
+    model = tiny_model("mixtral", num_hidden_layers=4, **alone).to(dtype).eval()
+    tensors, sums = batch.tensors(), InputSums(model)
+    sums.next_batch(tensors["input_ids"])
+    known = [*model.parameters(), *model.buffers(), *sums.sums().values(), *tensors.values()]
+    monkeypatch.setattr(live_bytes, "STAND_INS", {})
+    with LiveBytes(known) as live, torch.no_grad(), sums.attached(model):
+        MoECausalLM().adopt(model).decode(tensors)
+    monkeypatch.undo()
+    imagined = ImaginedModel(tiny_config("mixtral", num_hidden_layers=4, **alone), dtype)
+    watched, seen = forward_peak(imagined.watch(batch)), forward_peak(imagined.observe(batch))
+    given = sum(tensor.nbytes for tensor in tensors.values())
+    assert live.peak == pytest.approx(watched - given, rel=0.01)
+    assert (watched > seen) == (dtype == torch.bfloat16)
+    assert imagined.input_sums() == sum(tensor.nbytes for tensor in sums.sums().values())
 
 
 @pytest.mark.parametrize("train", ["all", "routers", "routers+norms"])

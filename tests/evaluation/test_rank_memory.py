@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_moe.evaluation.rank_memory import Layout, Moment, RankMemory
+from lightning_moe.evaluation.gathering import Layout
+from lightning_moe.evaluation.rank_memory import Moment, RankMemory
 from lightning_moe.moe.layer_passages import Passage, StepBytes
 from lightning_moe.moe.live_bytes import LiveBytes
 from lightning_moe.moe.weights import Weight
@@ -99,6 +100,20 @@ def test_frozen_models_have_no_gradients() -> None:
     moments = by_name(RankMemory(WEIGHTS, Layout(2, split=True)))
     assert all(moment.gradients == moment.optimizer == 0 for moment in moments.values())
     assert not any("reduction" in name or "optimizer" in name for name in moments)
+
+
+def test_summed_gradients_pass_through() -> None:
+    """Nothing of the head or of a layer that is done is left, but the sums; a rank's part while it is added."""
+    stacks = frozenset(("0.experts", "1.experts"))
+    one = by_name(RankMemory(WEIGHTS, Layout(), statistics=512, summed=stacks))
+    assert {moment.gradients + moment.optimizer for moment in one.values()} == {0}
+    assert {moment.statistics for moment in one.values()} == {512} and "step of the optimizer" not in one
+    assert one["backward of layer 0"] == Moment("backward of layer 0", 864, 0, 0, 100 + 50, 512)
+    layout = Layout(2, split=True, gpu=True)
+    two, tuned = (by_name(RankMemory(WEIGHTS, layout, summed=stacks))), by_name(RankMemory(WEIGHTS, layout, stacks))
+    assert two["reduction of layer 1"].gradients == 128 and two["backward of layer 0"].gradients == 0
+    for name, moment in two.items():  # what is gathered and reduced is what it is when they learn
+        assert moment.transient == tuned[name].transient
 
 
 def test_ddp_holds_gradients_twice() -> None:

@@ -29,10 +29,18 @@ class Peak(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.most = 0
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Forget what was before."""
+        with self._lock:
+            self.most = 0
 
     def run(self) -> None:
         while True:
-            self.most = max(self.most, anonymous_bytes())
+            size = anonymous_bytes()
+            with self._lock:  # else what ``begin`` forgets might be put back
+                self.most = max(self.most, size)
             time.sleep(0.003)
 
 
@@ -51,7 +59,7 @@ def main() -> None:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before, start = anonymous_bytes(), time.perf_counter()
-        peak.most = 0
+        peak.begin()
         command(args)
         peaks[name], seconds[name] = peak.most - before, time.perf_counter() - start
     found = {"peaks": peaks, "seconds": seconds}

@@ -99,6 +99,21 @@ def test_kinds_of_layers_are_told_apart() -> None:
     assert len(traced.layers) == 6
 
 
+def test_the_first_layer_that_learns_is_told_from_those_above_it() -> None:
+    """It asks no gradient of what it is given; those below it save nothing."""
+    with imagined():
+        model = new_model(tiny_config("mixtral", num_hidden_layers=6), torch.float32).train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(f"layers.{number}.mlp.experts" in name for number in (2, 3)))
+        step = tuning(model)
+        forward, _ = peaks(model, step)
+        (traced,) = trace_step(model, step)
+    saved = [layer.saved for layer in traced.layers]
+    assert forward_peak(traced) == forward
+    assert saved[1] == 0 < saved[2] < saved[3] and saved[4] == saved[5] < saved[3]
+    assert [layer.backward > 0 for layer in traced.layers] == [False, False, True, True, True, True]
+
+
 def test_a_model_is_left_as_it_was() -> None:
     with imagined():
         model = new_model(tiny_config("qwen2_moe"), torch.float32)
