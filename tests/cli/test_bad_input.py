@@ -370,7 +370,7 @@ STATS: dict[str, tuple[Case, list[str]]] = {
     "folder without stats": (lambda p: p.cut("--stats", p.tmp), ["stats.safetensors", "no such file"]),
     "folder with scores": (
         lambda p: p.cut("--stats", run_folder(p, "scores.json")),
-        ["scores and no statistics", "--scores"],
+        ["scores, and no statistics", "--scores"],
     ),
     "folder with statistics": (
         lambda p: p.by_scores(run_folder(p, "stats.safetensors")),

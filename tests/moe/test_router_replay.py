@@ -63,7 +63,9 @@ def test_as_the_masked_router(family: str) -> None:
             assert torch.equal(found, seen[0])
             assert len(seen) == 1  # nobody who watches the router sees the replay
             some = torch.tensor([3, 5, 40])
-            assert torch.equal(replays[layer.name].rows(some, "cpu").weights(keep[layer.name]), seen[0][some])
+            of_some = replays[layer.name].rows(some, "cpu").weights(keep[layer.name])
+            assert torch.equal(of_some != 0, seen[0][some] != 0)
+            torch.testing.assert_close(of_some, seen[0][some], rtol=1e-6, atol=0)  # a CPU's last bit goes by the rows
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
