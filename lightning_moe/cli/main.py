@@ -38,12 +38,12 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
         text = re.sub(r"Parser key \"([\w.]+)\":", r"--\1:", text)
-        choices = re.search(r"Literal\[(.*?)\]", text)
+        choices = re.findall(r"Literal\[(.*?)\]", text)
         if choices:
             option, value = re.search(r"--[\w.]+", text), re.search(r"(?:Got|Given) value: (\S+)", text)
             kinds = {"bool": "true, false", "int": "whole numbers"}
             named = [words for kind, words in kinds.items() if f"<class '{kind}'>" in text]
-            words = ", ".join([*named, *re.findall(r"Literal\[(.*?)\]", text)]).replace("'", "").split(", ")
+            words = ", ".join([*named, *choices]).replace("'", "").split(", ")
             allowed = ", ".join(dict.fromkeys(words))
             text = f"{option[0] if option else 'an option'}: {value[1] if value else 'that'} is none of {allowed}."
         text = re.sub(r"Expected a <class '[\w.]*Sequence'>\. Got value: (.+)", r"\1 is no list; write '[\1]'.", text)

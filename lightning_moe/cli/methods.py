@@ -279,15 +279,15 @@ def get_method(name: str, scopes: Sequence[str] = ()) -> Method:
     An unknown name is refused with the nearest known one; ``scopes`` are those that the caller lets stand behind it.
     """
     known = {method.name: method for method in methods()}
+    if name in known:
+        return known[name]
     both_ways = [one for one in criteria() if not known[one.name].seeded]
     turned = {f"{one.name}-{end}": (one, end) for one in both_ways for end in get_args(Direction)}
-    if name not in known and name in turned:
+    if name in turned:
         return _of_criterion(*turned[name])
-    if name not in known:
-        base, _, scope = name.partition("@")
-        names = [*known, *turned]
-        near = did_you_mean(base, [*names, *(f"{one}@{scope}" for one in names for scope in scopes)])
-        known_scope = scope in get_args(Scope)
-        apart = f" A scope stands behind a name in `compare` alone; give --scope {scope}." if known_scope else ""
-        raise InputError(f"Unknown method '{name}'.{near}{apart} Known: {', '.join(sorted(known))}.")
-    return known[name]
+    base, _, scope = name.partition("@")
+    names = [*known, *turned]
+    near = did_you_mean(base, [*names, *(f"{one}@{scope}" for one in names for scope in scopes)])
+    known_scope = scope in get_args(Scope)
+    apart = f" A scope stands behind a name in `compare` alone; give --scope {scope}." if known_scope else ""
+    raise InputError(f"Unknown method '{name}'.{near}{apart} Known: {', '.join(sorted(known))}.")
