@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lightning_moe.errors import UNREADABLE, InputError, first_line
 from lightning_moe.files import looks_local, replaced_folder
-from lightning_moe.moe.expert_counts import set_counts
+from lightning_moe.moe.expert_counts import layers_gone, set_counts
 from lightning_moe.moe.layers import LayerShape, check_unpacked, find_moe_layers
-from lightning_moe.moe.non_uniform import experts_per_layer, resize_moe_layers
+from lightning_moe.moe.non_uniform import resize_moe_layers
 from lightning_moe.moe.remote_code import add_modelling_file
 from lightning_moe.moe.skip_tables import refresh_skipping, stored_entry
 
@@ -242,7 +242,7 @@ def save_model(model: PreTrainedModel, target: Path, tokenizer: str | None = Non
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
     """Write weights, configs and, where it is needed, the modelling file into an existing folder."""
-    if 0 in experts_per_layer(model.config).values():  # older versions said it so that stock transformers would load it
+    if layers_gone(model.config):  # older versions said it so that stock transformers would load it
         set_counts(model.config, {layer.parts.index: layer.num_experts for layer in find_moe_layers(model)})
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

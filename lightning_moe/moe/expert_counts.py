@@ -17,6 +17,11 @@ def count_name(config: PreTrainedConfig) -> str:
     return next(name for name in COUNT_NAMES if isinstance(stored.get(name), int))
 
 
+def layers_gone(config: PreTrainedConfig) -> list[int]:
+    """The decoder layers whose MoE block is no more there, by what the config says."""
+    return [index for index, count in experts_per_layer(config).items() if count == 0]
+
+
 def set_counts(config: PreTrainedConfig, counts: Mapping[int, int]) -> None:
     """Write the number of experts of each MoE decoder layer into ``config``; 0 where the block is gone.
 
@@ -25,9 +30,7 @@ def set_counts(config: PreTrainedConfig, counts: Mapping[int, int]) -> None:
     it would fill in the missing block at random: so there that count is one more than any layer holds.
     """
     text_config = config.get_text_config()
-    gone = [index for index, count in experts_per_layer(config).items() if count == 0] + [
-        index for index, count in counts.items() if count == 0
-    ]
+    gone = layers_gone(config) + [index for index, count in counts.items() if count == 0]
     left = {index: count for index, count in counts.items() if count}
     text_config.per_layer_config = None
     vars(text_config).pop("allow_global_per_layer_attribute_access", None)
@@ -47,7 +50,7 @@ def set_counts(config: PreTrainedConfig, counts: Mapping[int, int]) -> None:
 def drop_settings(config: PreTrainedConfig, settings: Mapping[str, Any], dropped: Collection[int]) -> None:
     """Write what ``settings_without`` found into ``config``, and number the layers anew that have no experts left."""
     text_config = config.get_text_config()
-    gone = [index for index, count in experts_per_layer(config).items() if count == 0]
+    gone = layers_gone(config)
     text_config.per_layer_config = None
     for name, value in settings.items():
         setattr(text_config, name, value)
