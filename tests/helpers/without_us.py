@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-
 HIDE_US = """
 import sys
 
