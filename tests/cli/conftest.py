@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
 
+from tests.helpers.blank_figures import blank_figures
 from tests.helpers.checkpoint import Commands, documents, save_checkpoint, write_text
 
 
@@ -24,11 +22,8 @@ def _own_seed() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _blank_figures() -> Iterator[None]:
-    """Drawing takes longer than all else a tiny command does; the tests of figures draw, and the README's tour."""
-    png = BytesIO()
-    Image.new("L", (8, 8)).save(png, format="png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, file, **settings: Path(file).write_bytes(png.getvalue()))
+    """The tests of figures draw, and the README's tour."""
+    with blank_figures():
         yield
 
 
