@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +22,16 @@ from lightning_moe.stats.usage import RouterCounts
 
 Trained = Literal["all", "routers", "routers+norms"]
 """Which weights learn."""
+
+
+def wrong_setting(train: str, **weights: float) -> str | None:
+    """What is wrong with settings of ``RouterRebalance``, in a line that begins with the setting's name."""
+    for name, value in weights.items():
+        if not 0 <= value < math.inf:
+            return f"{name} {value}: 0 or more."
+    if train not in get_args(Trained):
+        return f"train {train!r}: one of {', '.join(get_args(Trained))}."
+    return None
 
 
 class RouterRebalance(Callback):
@@ -52,12 +62,9 @@ class RouterRebalance(Callback):
         train: Trained = "all",
         entropy: float = 0.0,
     ) -> None:
-        weights = {"load_balance": load_balance, "z_loss": z_loss, "bias_step": bias_step, "entropy": entropy}
-        for name, value in weights.items():
-            if not 0 <= value < math.inf:
-                raise InputError(f"RouterRebalance: {name} {value}: 0 or more.")
-        if train not in ("all", "routers", "routers+norms"):
-            raise InputError(f"RouterRebalance: train {train!r}: one of all, routers, routers+norms.")
+        wrong = wrong_setting(train, load_balance=load_balance, z_loss=z_loss, bias_step=bias_step, entropy=entropy)
+        if wrong is not None:
+            raise InputError(f"RouterRebalance: {wrong}")
         self.load_balance, self.z_loss, self.bias_step, self.train = load_balance, z_loss, bias_step, train
         self.entropy = entropy
         self._context = ExitStack()
