@@ -24,8 +24,11 @@ from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.scores import score_experts, write_scores
 from lightning_moe.stats.layer_stats import GRADIENTS, TENSORS, LayerStats
 from lightning_moe.stats.store import ModelStats
-from tests.helpers import reference
-from tests.helpers.reference import MEASURES, PAIR_MEASURES, RawLayer, SeenToken, Visit
+from tests.helpers.reference.criteria import MEASURES, PAIR_MEASURES, drop_turns, euf
+from tests.helpers.reference.gradients import gradient_stats
+from tests.helpers.reference.raw_layers import RawLayer, SeenToken, Visit
+from tests.helpers.reference.statistics import layer_stats, weight_stats
+from tests.helpers.reference.vectors import softmax
 
 PAPER_DROPS: dict[str, Direction] = {
     "ews": "max",
@@ -74,7 +77,7 @@ def random_layer(seed: int, num_experts: int = 6, num_tokens: int = 40, top_k: i
     liked, centres, sizes = normal(num_experts) / 2, normal(num_experts, WIDTH), normal(num_experts).exp()
     tokens = []
     for _ in range(num_tokens):
-        probabilities = reference.softmax((liked + normal(num_experts)).tolist())
+        probabilities = softmax((liked + normal(num_experts)).tolist())
         chosen = sorted(range(num_experts), key=lambda expert: -probabilities[expert])[:top_k]
         token_id = int(torch.randint(0, VOCAB, (), generator=generator))
         visits = []
@@ -93,7 +96,7 @@ def random_layer(seed: int, num_experts: int = 6, num_tokens: int = 40, top_k: i
 
 
 def stats_of(raw: RawLayer, index: int = 0) -> LayerStats:
-    values = reference.layer_stats(raw) | reference.weight_stats(raw) | reference.gradient_stats(raw)
+    values = layer_stats(raw) | weight_stats(raw) | gradient_stats(raw)
     tensors: dict[str, Any] = {
         name: torch.tensor(values[name], dtype=torch.bool if name == "seen_EV" else torch.float64) for name in ALL
     }
@@ -163,7 +166,7 @@ def test_measures_equal_the_reference(name: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_pair_criteria_equal_the_reference(name: str, direction: Direction, seed: int) -> None:
     raw = random_layer(seed)
-    turns = reference.drop_turns(PAIR_MEASURES[name](raw), reference.euf(raw), direction)
+    turns = drop_turns(PAIR_MEASURES[name](raw), euf(raw), direction)
     criterion = get_criterion(name)
     assert_scores(criterion.scores(stats_of(raw), direction), [turn / raw.num_experts for turn in turns])
     assert not criterion.comparable
@@ -297,7 +300,7 @@ def test_the_drop_order_is_the_loop_of_the_paper(direction: Direction, data: st.
     counts = data.draw(draw)
     pairs = upper + upper.T + torch.diag(torch.full((num_experts,), 9.0, dtype=torch.float64))
     found = drop_order(pairs, torch.tensor(counts, dtype=torch.float64), direction)
-    assert found.tolist() == reference.drop_turns(pairs.tolist(), counts, direction)
+    assert found.tolist() == drop_turns(pairs.tolist(), counts, direction)
     assert sorted(found.tolist()) == list(range(num_experts))
 
 

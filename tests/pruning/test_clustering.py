@@ -15,7 +15,7 @@ from lightning_moe.pruning.clustering import cluster_scores, join_all, merge_clu
 from lightning_moe.stats.similarity import similarity
 from lightning_moe.stats.store import ModelStats
 from tests.criteria.test_criteria import permuted, random_layer, stats_of
-from tests.helpers import reference
+from tests.helpers.reference import merging as reference
 from tests.pruning.test_merging import likeness
 
 NUM_EXPERTS = 6

@@ -15,7 +15,7 @@ from lightning_moe.pruning.merging import merge_dominant, merge_groups, usage_we
 from lightning_moe.pruning.scores import score_experts
 from lightning_moe.stats.store import ModelStats
 from tests.criteria.test_criteria import random_layer, stats_of
-from tests.helpers import reference
+from tests.helpers.reference import merging as reference
 
 LAYER = "model.layers.0.mlp"
 

@@ -29,11 +29,14 @@ from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.similarity import router_similarity
 from lightning_moe.stats.store import ModelStats, load_stats
 from lightning_moe.stats.weights import largest_singular_value, stable_rank, weight_stats
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, VOCAB, tiny_batch, tiny_model
 from tests.helpers.forked_ranks import start_ranks
 from tests.helpers.plans import fewest_plan, non_uniform_plan
 from tests.helpers.ranks import observe_share
+from tests.helpers.reference import statistics as reference
+from tests.helpers.reference.raw_layers import RawLayer, SeenToken, Visit, raw_layers
+from tests.helpers.reference.stock_experts import expert_matrices, router_rows
+from tests.helpers.reference.vectors import softmax
 
 WEIGHT_FIELDS = ("router_norm_E", "weight_norm_E", "weight_cosine_EE", "stable_rank_E")
 TOKEN_FIELDS = tuple(name for name in TENSORS if name not in WEIGHT_FIELDS)
@@ -90,7 +93,7 @@ def test_statistics_equal_the_reference(family: str) -> None:
     model = tiny_model(family)
     batch = tiny_batch(length=16 if family in FOUR else 8)
     model.set_experts_implementation("eager")
-    raws = reference.raw_layers(model, parts(model), batch)
+    raws = raw_layers(model, parts(model), batch)
     for found, raw in zip(observe(model, [batch]), raws, strict=True):
         assert found.tokens.dtype == torch.float64 and found.seen_EV.dtype == torch.bool
         expected = reference.layer_stats(raw) | reference.weight_stats(raw)
@@ -108,7 +111,7 @@ def test_statistics_of_a_pruned_model_equal_the_reference(family: str) -> None:
         keep_experts(model, plan(model))
         model.set_experts_implementation("eager")
         batch = tiny_batch(length=8)
-        for found, raw in zip(observe(model, [batch]), reference.raw_layers(model, parts(model), batch), strict=True):
+        for found, raw in zip(observe(model, [batch]), raw_layers(model, parts(model), batch), strict=True):
             expected = reference.layer_stats(raw) | reference.weight_stats(raw)
             for name in TENSORS:
                 assert_field(name, getattr(found, name), expected[name], 1e-5)
@@ -119,7 +122,7 @@ def test_a_single_expert_has_statistics() -> None:
     model = tiny_model("mixtral", num_experts_per_tok=1)
     keep_experts(model, {layer.name: [3] for layer in find_moe_layers(model)})
     (found, _) = observe(model, [tiny_batch(length=8)])
-    raw = reference.raw_layers(model, parts(model), tiny_batch(length=8))[0]
+    raw = raw_layers(model, parts(model), tiny_batch(length=8))[0]
     expected = reference.layer_stats(raw) | reference.weight_stats(raw)
     for name in TENSORS:
         assert getattr(found, name).shape == torch.as_tensor(expected[name]).shape, name
@@ -357,11 +360,11 @@ def test_raw_sums_equal_the_reference(num_tokens: int, top_k: int, seed: int) ->
     stats = ExpertStats(5, 6, 20)
     update(stats, rows, 5)
     tokens = [
-        reference.SeenToken(
+        SeenToken(
             int(rows["token_ids"][t]),
-            reference.softmax(rows["logits"][t].tolist()),
+            softmax(rows["logits"][t].tolist()),
             [
-                reference.Visit(int(e), float(w), f.tolist())
+                Visit(int(e), float(w), f.tolist())
                 for e, w, f in zip(rows["ids"][t], rows["weights"][t], rows["outputs"][t], strict=True)
             ],
             logits=rows["logits"][t].tolist(),
@@ -369,7 +372,7 @@ def test_raw_sums_equal_the_reference(num_tokens: int, top_k: int, seed: int) ->
         for t in range(num_tokens)
         if rows["mask"][t]
     ]
-    for name, expected in reference.layer_stats(reference.RawLayer(5, 20, tokens)).items():
+    for name, expected in reference.layer_stats(RawLayer(5, 20, tokens)).items():
         assert_field(name, getattr(stats, name), expected, 1e-5)
 
 
@@ -435,9 +438,9 @@ def test_two_ranks_equal_one(shares: list[list[int]], tmp_path: Path) -> None:
 def test_weight_figures_equal_the_reference(family: str) -> None:
     model = tiny_model(family)
     for layer in find_moe_layers(model):
-        rows, _ = reference.router_rows(layer.router)
-        matrices = [reference.expert_matrices(layer.experts, expert) for expert in range(NUM_EXPERTS)]
-        expected = reference.weight_stats(reference.RawLayer(NUM_EXPERTS, VOCAB, [], rows, matrices))
+        rows, _ = router_rows(layer.router)
+        matrices = [expert_matrices(layer.experts, expert) for expert in range(NUM_EXPERTS)]
+        expected = reference.weight_stats(RawLayer(NUM_EXPERTS, VOCAB, [], rows, matrices))
         found = weight_stats(layer)
         assert found.keys() == expected.keys() == set(WEIGHT_FIELDS)
         for name, value in found.items():
