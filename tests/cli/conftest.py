@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_moe.cli.main import main
+from tests.helpers.bad_input import Place
 from tests.helpers.checkpoint import Commands, documents, save_checkpoint, write_text
 from tests.helpers.command_runs import model_args, text_args
 from tests.helpers.shared_work import shared_folder
@@ -64,3 +65,8 @@ def stats_file(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFa
         main([str(arg) for arg in args])
 
     return shared_folder(tmp_path_factory, "scored", score) / "stats.safetensors"
+
+
+@pytest.fixture
+def place(tmp_path: Path, checkpoint: Path, text: Path, stats_file: Path) -> Place:
+    return Place(tmp_path, checkpoint, text, stats_file)
