@@ -15,6 +15,7 @@ from lightning_moe.cli.main import main
 from tests.helpers.bad_input import Place
 from tests.helpers.checkpoint import Commands, documents, save_checkpoint, write_text
 from tests.helpers.command_runs import model_args, text_args
+from tests.helpers.comparisons import Compare
 from tests.helpers.shared_work import shared_folder
 
 
@@ -70,3 +71,18 @@ def stats_file(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def place(tmp_path: Path, checkpoint: Path, text: Path, stats_file: Path) -> Place:
     return Place(tmp_path, checkpoint, text, stats_file)
+
+
+@pytest.fixture(scope="session")
+def val_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("val_text")
+    write_text(folder / "letters.txt", documents(20, start=500))
+    write_text(folder / "tales.txt", documents(20, start=700))
+    return folder
+
+
+@pytest.fixture
+def comparison(
+    run: Commands, checkpoint: Path, text: Path, val_text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Compare:
+    return Compare(run, checkpoint, text, val_text, monkeypatch, tmp_path / "run")
