@@ -23,9 +23,9 @@ from lightning_moe.moe.experts import IMPLEMENTATION, ExpertHooks, expert_hooks
 from lightning_moe.moe.layers import LayerShape, find_moe_layers
 from lightning_moe.moe.routing import mask_plan, record_routing
 from lightning_moe.moe.surgery import keep_experts
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, HIDDEN, NUM_EXPERTS, TOP_K, tiny_batch, tiny_model
 from tests.helpers.plans import Keep, compose, fewest_plan, non_uniform_plan, uniform_plan
+from tests.helpers.reference import stock_experts as reference
 from tests.helpers.without_us import run_without_us
 
 MOE_LAYERS: dict[str, list[int]] = {

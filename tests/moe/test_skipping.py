@@ -31,9 +31,9 @@ from lightning_moe.moe.skip_tables import (
 )
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.observation import Observation
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.plans import fewest_plan, non_uniform_plan, uniform_plan
+from tests.helpers.reference import stock_experts as reference
 from tests.helpers.without_us import run_without_us
 
 FOUR = ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"]

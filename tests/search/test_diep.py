@@ -21,7 +21,7 @@ from lightning_moe.search.diep import DiEPSearch
 from lightning_moe.search.importance import ImportanceLogits
 from lightning_moe.search.relaxation import relaxed
 from tests.helpers.families import tiny_batch, tiny_model
-from tests.helpers.reference import watch
+from tests.helpers.reference.stock_experts import watch
 from tests.search.reference import cross_entropy, whole_loss
 from tests.search.tiny_search import (
     History,
