@@ -1,68 +1,41 @@
-"""``prune`` in rounds: what it writes, what the records say, what it refuses, and what tuning may change."""
+"""``prune`` in rounds: what it writes, what the records say, and what rounds are."""
 
 from __future__ import annotations
 
-import math
-import re
-import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_moe.cli import lottery as command
 from lightning_moe.cli.main import main
 from lightning_moe.cli.recovery import default_lr
 from lightning_moe.data.datamodule import TextDataModule
-from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.routing import mask_plan
-from lightning_moe.pruning.round_record import RoundRecord, read_records
+from lightning_moe.pruning.round_record import RoundRecord
+from tests.cli.lottery_runs import (
+    BATCH_SIZE,
+    ITERATIVE,
+    LAYERS,
+    SEQ_LEN,
+    TOKENS,
+    TUNED,
+    VAL_SAMPLES,
+    Trained,
+    cut_by_plan,
+    loaded,
+    model_args,
+    prune_args,
+    records_of,
+    tensors,
+    text_args,
+)
 from tests.helpers.checkpoint import Commands, contents, read, save_checkpoint
 
-LAYERS = [f"model.layers.{index}.mlp" for index in range(2)]
-QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
-SEQ_LEN, BATCH_SIZE, VAL_SAMPLES = 16, 2, 6
-TOKENS = 4 * SEQ_LEN
-TUNED = ("--rounds", 2, "--finetune_tokens", TOKENS)
-ITERATIVE = ("--rounds", 2)
-ROUTER_KD = ("--rounds", 2, "--finetune_tokens", 8 * SEQ_LEN, "--recovery.kind", "router-kd")
 MOMENTS = ["before_prune", "after_prune", "after_finetune"]
-
-
-def model_args(checkpoint: Path) -> list[object]:
-    return [*QUIET, "--model.path", checkpoint]
-
-
-def text_args(text: Path) -> list[object]:
-    """Windows of one file to calibrate and tune on, of the other to measure."""
-    calibration = ["--data.path", text / "harbour.txt", "--data.seq_len", SEQ_LEN, "--data.samples", 8]
-    validation = ["--data.val_path", text / "island.txt", "--data.val_samples", VAL_SAMPLES]
-    return [*calibration, *validation, "--data.batch_size", BATCH_SIZE]
-
-
-def prune_args(checkpoint: Path, text: Path, *more: object) -> list[object]:
-    return ["prune", *model_args(checkpoint), *text_args(text), "--method", "ean", *more]
-
-
-def records_of(folder: Path) -> list[RoundRecord]:
-    return read_records(folder / "rounds.jsonl")
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights on disk, whatever files they lie in."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def loaded(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    return model
 
 
 @pytest.fixture(autouse=True)
@@ -91,12 +64,6 @@ def made(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
         return folders[more]
 
     return make
-
-
-def cut_by_plan(run: Commands, checkpoint: Path, folder: Path, out: Path) -> Path:
-    """The checkpoint as ``prune --plan`` cuts it."""
-    run.ok("prune", *model_args(checkpoint), "--plan", folder / "plan.json", "--out", out)
-    return out / "model"
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -273,40 +240,6 @@ def test_layers_of_different_sizes_load_again(made: Callable[..., Path], options
     assert {layer.name: layer.num_experts for layer in find_moe_layers(model)} == {n: len(i) for n, i in keep.items()}
 
 
-class Trained:
-    """The windows that each batch of tuning saw, by the text's own numbers, and the types of the weights."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.windows: list[list[int]] = []
-        self.tokens: list[Tensor] = []
-        self.dtypes: set[torch.dtype] = set()
-        stock = MoECausalLM.training_step
-
-        def step(module: MoECausalLM, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-            self.windows.append(batch["window"].tolist())
-            self.tokens += list(batch["input_ids"])
-            self.dtypes |= {parameter.dtype for parameter in module.parameters()}
-            return stock(module, batch, batch_idx)
-
-        monkeypatch.setattr(MoECausalLM, "training_step", step)
-
-
-def test_windows_of_a_round(
-    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where there is enough text, there are as many as all rounds need; no round sees one twice, each has its order."""
-    trained = Trained(monkeypatch)
-    run.ok(*prune_args(checkpoint, text, *TUNED, "--out", tmp_path))
-    data = TextDataModule(str(text / "harbour.txt"), tokenizer=str(checkpoint), seq_len=SEQ_LEN, samples=12)
-    seen = [window for batch in trained.windows for window in batch]
-    assert len(seen) == len(data.text) == 12 and set(seen) <= set(range(12))
-    for window, row in zip(seen, trained.tokens, strict=True):
-        assert row.tolist() == data.text.tokens_NS[window].tolist()
-    first, second = seen[:4], seen[4:]
-    assert len(set(first)) == 4 and len(set(second)) == 8
-    assert first != second[:4]
-
-
 def test_text_of_its_own_to_tune_on(
     run: Commands, lottery: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,16 +253,6 @@ def test_text_of_its_own_to_tune_on(
     mine, other = records_of(tmp_path), records_of(lottery)
     assert mine[0].scores == other[0].scores
     assert mine[0].load["after_prune"] == other[0].load["after_prune"]
-
-
-@pytest.mark.parametrize(("batch_tokens", "steps"), [(2 * SEQ_LEN, [2, 4]), (4 * SEQ_LEN, [1, 2])])
-def test_tokens_per_step(
-    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, batch_tokens: int, steps: list[int]
-) -> None:
-    run.ok(*prune_args(checkpoint, text, *TUNED, "--recovery.batch_tokens", batch_tokens, "--out", tmp_path))
-    records = records_of(tmp_path)
-    assert [record.steps for record in records] == steps
-    assert [record.tokens for record in records] == [TOKENS, 2 * TOKENS]
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
@@ -346,207 +269,3 @@ def test_other_families(run: Commands, text: Path, tmp_path: Path, family: str) 
         assert layer.num_experts == 4
         if family == "deepseek_v3":
             assert all(bias.abs().max() > 0 for bias in layer.correction_biases) and layer.correction_biases
-
-
-# ------------------------------------------------------------------------------------------------- the weights
-
-
-def test_a_16_bit_checkpoint_is_tuned_in_float32_and_saved_as_it_was(
-    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "bf16"
-    save_checkpoint(folder)
-    loaded(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    trained = Trained(monkeypatch)
-    run.ok(*prune_args(folder, text, *TUNED, "--out", tmp_path / "out"))
-    assert trained.dtypes == {torch.float32}
-    before, after = tensors(folder), tensors(tmp_path / "out" / "model")
-    assert {tensor.dtype for tensor in before.values()} == {torch.bfloat16}
-    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
-    assert read(tmp_path / "out" / "model" / "config.json")["dtype"] == "bfloat16"
-    untuned = tensors(cut_by_plan(run, folder, tmp_path / "out", tmp_path / "plan"))
-    assert any(not torch.equal(after[name], untuned[name]) for name in after)
-    run.ok(*prune_args(folder, text, *ITERATIVE, "--out", tmp_path / "iterative"))
-    assert {tensor.dtype for tensor in tensors(tmp_path / "iterative" / "model").values()} == {torch.bfloat16}
-
-
-def routers(weights: dict[str, Tensor]) -> set[str]:
-    names = {name for name in weights if ".gate." in name}
-    assert len(names) == len(LAYERS)
-    return names
-
-
-@pytest.mark.parametrize("options", [ROUTER_KD, (*TUNED, "--recovery.train", "routers")])
-def test_only_routers_learn(
-    run: Commands, made: Callable[..., Path], checkpoint: Path, tmp_path: Path, options: tuple[object, ...]
-) -> None:
-    folder = made(*options)
-    untuned, tuned = tensors(cut_by_plan(run, checkpoint, folder, tmp_path)), tensors(folder / "model")
-    assert tuned.keys() == untuned.keys()
-    changed = {name for name in tuned if not torch.equal(tuned[name], untuned[name])}
-    assert changed == routers(tuned)
-
-
-def divergence(whole: Path, other: Path, data: TextDataModule) -> float:
-    """Mean KL from the whole model over all places of the text, with the whole vocabulary."""
-    ids = data.text.tokens_NS.long()
-    with torch.no_grad():
-        p, q = (loaded(folder)(ids).logits.double().log_softmax(-1) for folder in (whole, other))
-    real = torch.arange(ids.shape[1]) < data.text.lengths_N[:, None]
-    return float((p.exp() * (p - q)).sum(-1)[real].mean())
-
-
-def with_twins(source: Path, target: Path) -> Path:
-    """A copy in which experts 4 to 7 are 0 to 3 once more, and all matter: routers can make up for lost ones."""
-    shutil.copytree(source, target)
-    weights = load_file(target / "model.safetensors")
-    for name, number in [(name, re.search(r"\.experts\.(\d)\.", name)) for name in weights]:
-        if number is not None:
-            twin = name.replace(number[0], f".experts.{int(number[1]) % 4}.")
-            weights[name] = load_file(source / "model.safetensors")[twin] * (4 if ".w2." in name else 1)
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def test_router_kd_comes_nearer_to_the_whole_model(run: Commands, checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    whole = with_twins(checkpoint, tmp_path / "whole")
-    tuning = ("--finetune_tokens", 60 * SEQ_LEN, "--finetune_lr", 0.03, "--recovery.kind", "router-kd")
-    run.ok(*prune_args(whole, text, "--rounds", 2, *tuning, "--method", "ecc", "--out", tmp_path / "kd"))
-    untuned = cut_by_plan(run, whole, tmp_path / "kd", tmp_path / "plan")
-    data = TextDataModule(str(text / "harbour.txt"), tokenizer=str(checkpoint), seq_len=SEQ_LEN, samples=60)
-    far, near = (divergence(whole, folder, data) for folder in (untuned, tmp_path / "kd" / "model"))
-    assert math.isfinite(near) and near < 0.95 * far
-    assert records_of(tmp_path / "kd")[-1].made_by["recovery"] == "router-kd"
-
-
-def test_the_checkpoint_is_never_touched(run: Commands, text: Path, tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path / "model")
-    before = contents(folder)
-    run.ok(*prune_args(folder, text, *TUNED, "--out", tmp_path / "out"))
-    assert contents(folder) == before
-    refused = run(*prune_args(folder, text, *TUNED, "--out", tmp_path))
-    assert refused.code == 2 and "would be replaced" in refused.err
-    assert contents(folder) == before
-
-
-# ------------------------------------------------------------------------------------------------- asking again
-
-
-def test_asking_again_does_nothing_and_another_request_is_refused(
-    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = prune_args(checkpoint, text, *TUNED, "--out", tmp_path)
-    run.ok(*args)
-    before = contents(tmp_path)
-    trained = Trained(monkeypatch)
-    for same in ((), ("--scope", "layer", "--recovery.kind", "finetune")):
-        assert "This very request was carried out here before" in run.ok(*args, *same).out
-    for option, value, word in (
-        ("--rounds", 1, "rounds"),
-        ("--spacing", "cosine", "spacing"),
-        ("--finetune_tokens", 128, "finetune_tokens"),
-        ("--finetune_growth", 1.0, "finetune.growth"),
-        ("--finetune_lr", 0.1, "finetune.lr"),
-        ("--finetune_path", text / "island.txt", "finetune.content"),
-        ("--recovery.train", "routers", "finetune.train"),
-        ("--recovery.batch_tokens", 64, "finetune.batch_tokens"),
-        ("--recovery.load_balance", 0, "finetune.load_balance"),
-        ("--recovery.entropy", 0.01, "finetune.entropy"),
-        ("--seed_everything", 1, "seed"),
-        ("--data.batch_size", 4, "data.batch_size"),
-        ("--data.val_samples", 2, "data.val_samples"),
-        ("--data.val_path", text / "harbour.txt", "data.val_path"),
-        ("--trainer.precision", "bf16-mixed", "precision"),
-        ("--finetune_tokens", 0, "finetune_tokens"),
-    ):
-        refused = run(*args, option, value)
-        assert refused.code == 2 and len(refused.err.splitlines()) == 1, (option, refused.err)
-        assert word in refused.err and "--overwrite" in refused.err, refused.err
-    assert contents(tmp_path) == before and not trained.windows
-    run.ok(*args, "--ratio", 0.25, "--overwrite", "true")
-    assert len(trained.windows) == 6
-    assert {len(ids) for ids in read(tmp_path / "plan.json")["keep"].values()} == {6}
-    assert [record.ratio for record in records_of(tmp_path)] == [0.125, 0.25]
-
-
-# ----------------------------------------------------------------------------------------------------- refusals
-
-REFUSED: dict[str, tuple[tuple[object, ...], list[str]]] = {
-    "stats": (("--rounds", 2, "--stats", "s.safetensors"), ["--stats", "rounds"]),
-    "scores": (("--rounds", 2, "--scores", "scores.json"), ["--scores", "rounds"]),
-    "plan": ((*TUNED, "--plan", "plan.json"), ["--plan", "rounds"]),
-    "merge": ((*TUNED, "--merge", "true"), ["--merge", "rounds"]),
-    "skipping": (("--rounds", 2, "--skipping", "naee"), ["--skipping", "rounds"]),
-    "tokens and stats": (("--finetune_tokens", 64, "--stats", "s.safetensors"), ["--stats"]),
-    "no rounds": (("--rounds", 0), ["--rounds 0"]),
-    "rounds below 0": (("--rounds", -2), ["--rounds -2"]),
-    "more rounds than experts go": (("--rounds", 9), ["round 1 of 9", "drops nothing"]),
-    "list out of order": (("--rounds", "[0.5, 0.25]"), ["--rounds", "ascending"]),
-    "list with another end": (("--rounds", "[0.125, 0.25]"), ["--rounds", "0.5"]),
-    "empty list": (("--rounds", "[]"), ["--rounds []", "0.5"]),
-    "too much": (("--rounds", 2, "--ratio", 0.9), ["--ratio 0.9", "possible ratios"]),
-    "ratio": (("--rounds", 2, "--ratio", 1.5), ["--ratio", "between 0 and 1"]),
-    "floor": (("--rounds", 2, "--scope", "global", "--floor", 9), ["--floor 9"]),
-    "method": (("--rounds", 2, "--method", "eann"), ["'eann'", "'ean'"]),
-    "direction": (("--rounds", 2, "--method", "diep", "--direction", "min"), ["--direction min", "diep"]),
-    "spacing": (("--rounds", 2, "--spacing", "log"), ["--spacing", "cosine"]),
-    "rate without tokens": (("--rounds", 2, "--finetune_lr", 1e-4), ["--finetune_tokens"]),
-    "rate without anything": (("--finetune_lr", 1e-4), ["--finetune_tokens"]),
-    "text without tokens": (("--finetune_path", "text"), ["--finetune_tokens"]),
-    "recovery without tokens": (("--recovery.kind", "router-kd"), ["--finetune_tokens"]),
-    "recovery, rounds": (("--rounds", 2, "--recovery.z_loss", 0.1), ["--finetune_tokens"]),
-    "what router-kd trains": ((*TUNED, "--recovery.kind", "router-kd", "--recovery.train", "routers"), ["router-kd"]),
-    "entropy, router-kd": ((*ROUTER_KD, "--recovery.entropy", 0.1), ["--recovery.entropy 0.1", "router-kd"]),
-    "kind": ((*TUNED, "--recovery.kind", "distill"), ["--recovery.kind", "router-kd"]),
-    "tokens below 0": (("--rounds", 2, "--finetune_tokens", -5), ["--finetune_tokens -5"]),
-    "tokens below 0, one round": (("--finetune_tokens", -5), ["--finetune_tokens -5"]),
-    "growth": ((*TUNED, "--finetune_growth", 0), ["--finetune_growth 0"]),
-    "growth without end": ((*TUNED, "--finetune_growth", 1e308), ["--finetune_growth 1e+308"]),
-    "rate 0": ((*TUNED, "--finetune_lr", 0), ["--finetune_lr 0"]),
-    "rate below 0": ((*TUNED, "--finetune_lr", -1e-4), ["--finetune_lr -0.0001"]),
-    "batch": ((*TUNED, "--recovery.batch_tokens", 0), ["--recovery.batch_tokens 0"]),
-    "load balance": ((*TUNED, "--recovery.load_balance", -1), ["--recovery.load_balance -1.0: 0 or more"]),
-    "z loss": ((*TUNED, "--recovery.z_loss", -1), ["--recovery.z_loss -1.0: 0 or more"]),
-    "bias step": ((*TUNED, "--recovery.bias_step", -0.1), ["--recovery.bias_step -0.1: 0 or more"]),
-    "entropy": ((*TUNED, "--recovery.entropy", -1), ["--recovery.entropy -1.0: 0 or more"]),
-    "what learns": ((*TUNED, "--recovery.train", "gates"), ["--recovery.train", "gates", "routers+norms"]),
-    "less to calibrate": ((*TUNED, "--trainer.limit_predict_batches", 1), ["--trainer.limit_predict_batches"]),
-    "less to measure": ((*ITERATIVE, "--trainer.limit_val_batches", 1), ["--trainer.limit_val_batches"]),
-    "less to tune": ((*TUNED, "--trainer.limit_train_batches", 0.5), ["--trainer.limit_train_batches"]),
-    "less than a batch in a step": ((*TUNED, "--recovery.batch_tokens", SEQ_LEN), ["--recovery.batch_tokens 16", "32"]),
-    "tuning in 16 bits": ((*TUNED, "--trainer.precision", "bf16-true"), ["--trainer.precision bf16-true", "16 bits"]),
-    "weights in 16 bits": ((*TUNED, "--model.dtype", "bfloat16"), ["--model.dtype bfloat16", "leave it out"]),
-    "spaced list": (("--rounds", "[0.25, 0.5]", "--spacing", "cosine"), ["--spacing cosine", "list of --rounds"]),
-    "growth without tokens": (
-        ("--rounds", 2, "--finetune_growth", 1.5),
-        ["--finetune_growth 1.5", "--finetune_tokens"],
-    ),
-    "growth without anything": (("--finetune_growth", 1.5), ["--finetune_growth 1.5", "--finetune_tokens"]),
-    "text to tune on": ((*TUNED, "--finetune_path", "./nowhere.txt"), ["./nowhere.txt"]),
-    "less than a batch": ((*TUNED, "--data.batch_size", 5000), ["--data.batch_size"]),
-    "validation": ((*TUNED, "--data.val_path", "./nowhere.txt"), ["./nowhere.txt"]),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_is_refused_before_any_work(
-    run: Commands, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """In one line, before a model is loaded, and no file is left."""
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a model was loaded")
-
-    monkeypatch.setattr("lightning_moe.modules.causal_lm.load_model", load)
-    args, words = REFUSED[name]
-    said = run(*prune_args(checkpoint, text, "--out", tmp_path / "out", *args))
-    assert said.code == 2
-    assert len(said.err.splitlines()) == 1, said.err
-    assert all(word in said.err for word in words), said.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_no_text_is_refused(run: Commands, checkpoint: Path, tmp_path: Path) -> None:
-    said = run("prune", *model_args(checkpoint), *TUNED, "--out", tmp_path / "out")
-    assert said.code == 2 and len(said.err.splitlines()) == 1
-    assert "--data.path" in said.err and not (tmp_path / "out").exists()

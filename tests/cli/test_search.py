@@ -1,12 +1,9 @@
-"""``search`` and ``prune --method diep`` through the commands: files, refusals, kills, and two ranks."""
+"""``search`` and ``prune --method diep`` through the commands: files, refusals, and two ranks."""
 
 from __future__ import annotations
 
 import csv
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,36 +11,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_moe.callbacks.importance_figures import ImportanceFigures
-from lightning_moe.cli import search as command
-from lightning_moe.cli.main import main
 from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.routing import mask_plan
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.scores import ExpertScores
-from lightning_moe.search.diep import DiEPSearch
 from lightning_moe.search.presets import PRESETS
+from tests.cli.search_runs import QUIET, UPDATES, on, results, search_args, whole_searches
 from tests.helpers.checkpoint import Commands, contents, read, save_checkpoint
-from tests.helpers.processes import train_py, wait_for
+from tests.helpers.processes import train_py
 
 LAYERS = [f"model.layers.{index}.mlp" for index in range(2)]
-QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
-UPDATES = 7
-RESULTS = ("scores.json", "plan.json", "importance.json", "figures/importance.csv")
-
-
-def on(checkpoint: Path, text: Path) -> list[object]:
-    """Model and text: 8 full windows, 4 batches an epoch."""
-    data = ["--data.path", text / "harbour.txt", "--data.seq_len", 16, "--data.samples", 8, "--data.batch_size", 2]
-    return [*QUIET, "--model.path", checkpoint, *data]
-
-
-def search_args(checkpoint: Path, text: Path, *more: object) -> list[object]:
-    return ["search", *on(checkpoint, text), "--updates", UPDATES, *more]
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in RESULTS}
 
 
 def scores_of(folder: Path, checkpoint: Path) -> ExpertScores:
@@ -63,50 +41,10 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImportanceFigures, "_figures", lambda figures, keep: {})
 
 
-class Killed(RuntimeError):
-    """Stands for a kill: nothing in the package knows it."""
-
-
-class Windows:
-    """The windows that each batch of a search saw, and a kill before the batch of one number."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kill_before: int | None = None) -> None:
-        self.seen: list[list[list[int]]] = []
-        stock = DiEPSearch.training_step
-
-        def step(search: DiEPSearch, batch: dict[str, Tensor], batch_idx: int) -> None:
-            if search._batches == kill_before:
-                raise Killed
-            self.seen.append(batch["input_ids"].tolist())
-            stock(search, batch, batch_idx)
-
-        monkeypatch.setattr(DiEPSearch, "training_step", step)
-
-
-Whole = Callable[..., tuple[Path, list[list[list[int]]]]]
-
-
 @pytest.fixture(scope="module")
-def whole(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Unbroken searches with some arguments, and the windows of their batches; each is made once."""
-    made: dict[tuple[object, ...], tuple[Path, list[list[list[int]]]]] = {}
-
-    def search(*more: object) -> tuple[Path, list[list[list[int]]]]:
-        if more not in made:
-            folder = tmp_path_factory.mktemp("searched")
-            with pytest.MonkeyPatch.context() as patch:
-                windows = Windows(patch)
-                main([str(arg) for arg in search_args(checkpoint, text, *more, "--out", folder)])
-            made[more] = folder, windows.seen
-        return made[more]
-
-    return search
-
-
-@pytest.fixture(scope="module")
-def searched(whole: Whole) -> Path:
-    """An unbroken search, with its pictures."""
-    return whole()[0]
+def searched(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search, with its pictures."""
+    return whole_searches(checkpoint, text, tmp_path_factory)()[0]
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -280,180 +218,6 @@ def test_prune_keeps_what_the_search_says(
         expected = full(some_ids()).logits
     with torch.no_grad():
         torch.testing.assert_close(pruned(some_ids()).logits, expected, rtol=1e-5, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------- kill and go on
-
-
-def killed(run: Commands, kill_before: int, args: list[object]) -> list[list[list[int]]]:
-    """Run a command that is killed before that batch; the windows it saw."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        windows = Windows(patch, kill_before)
-        run(*args)
-    return windows.seen
-
-
-@pytest.mark.parametrize(
-    ("more", "kill_before", "saved_at", "accumulate"),
-    [
-        ((), 1, 0, 1),  # before the first save: from the beginning
-        ((), 2, 2, 1),  # right after a save
-        ((), 5, 4, 1),  # the fifth batch opens the second epoch; the fourth was the last of the first
-        ((), 6, 6, 1),
-        (("--accumulate", 3), 16, 4, 3),
-        (("--score", "frequency", "--patience", 3, "--check_every", 2), 5, 4, 1),
-        (("--trainer.precision", "bf16-true", "--lr", 1e-3, "--min_lr_ratio", 0.1), 3, 2, 1),
-    ],
-)
-def test_killed_it_goes_on_as_if_nothing_had_been(
-    run: Commands,
-    whole: Whole,
-    checkpoint: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    more: tuple[object, ...],
-    kill_before: int,
-    saved_at: int,
-    accumulate: int,
-) -> None:
-    unbroken, windows = whole(*more)
-    assert len(windows) == UPDATES * accumulate
-    monkeypatch.setattr(command, "SAVE_EVERY", 2)
-    args = [*search_args(checkpoint, text, *more), "--out", tmp_path]
-    assert killed(run, kill_before, args) == windows[:kill_before]
-    assert not (tmp_path / "search.json").exists()
-    rest = Windows(monkeypatch)
-    said = run.ok(*args)
-    assert (f"Going on from update {saved_at} " in said.out) == (saved_at > 0)
-    assert rest.seen == windows[saved_at * accumulate :]  # the order of the windows goes on, too
-    assert results(tmp_path) == results(unbroken)
-    assert not [name for name in contents(tmp_path) if "partial" in name or name.endswith("ckpt")]
-    ignored = {"seconds", "search_seconds"}
-    one, other = (read(folder / "search.json").items() for folder in (tmp_path, unbroken))
-    assert {k: v for k, v in one if k not in ignored} == {k: v for k, v in other if k not in ignored}
-
-
-def test_killed_at_the_very_end_it_still_draws(
-    run: Commands, searched: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last update is saved, the figures are not drawn yet."""
-    monkeypatch.setattr(command, "SAVE_EVERY", UPDATES)
-
-    def kill(*args: Any, **kwargs: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ImportanceFigures, "_figures", kill)
-        with pytest.raises(Killed):
-            run(*search_args(checkpoint, text), "--out", tmp_path)
-    said = run.ok(*search_args(checkpoint, text), "--out", tmp_path)
-    assert f"Going on from update {UPDATES} " in said.out
-    assert results(tmp_path) == results(searched)
-
-
-@pytest.mark.parametrize("at", ["write_scores", "write_json"])
-def test_killed_while_writing_it_still_ends_the_same(
-    run: Commands,
-    searched: Path,
-    checkpoint: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at: str,
-) -> None:
-    monkeypatch.setattr(command, "SAVE_EVERY", 3)
-
-    def kill(*args: Any, **kwargs: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(command, at, kill)
-        with pytest.raises(Killed):
-            run(*search_args(checkpoint, text), "--out", tmp_path)
-    assert not (tmp_path / "search.json").exists()
-    run.ok(*search_args(checkpoint, text), "--out", tmp_path)
-    assert results(tmp_path) == results(searched)
-
-
-def test_half_a_save_is_passed_over(
-    run: Commands, searched: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a kill leaves one that comes while a save is written."""
-    monkeypatch.setattr(command, "SAVE_EVERY", 2)
-    args = [*search_args(checkpoint, text), "--out", tmp_path]
-    killed(run, 3, args)
-    (save,) = tmp_path.rglob("*.ckpt")
-    assert save.name == "step-2.ckpt"
-    data = save.read_bytes()
-    save.with_name("step-4.partial").write_bytes(data[: len(data) // 2])
-    said = run.ok(*args)
-    assert "Going on from update 2 " in said.out
-    assert results(tmp_path) == results(searched)
-    assert not [name for name in contents(tmp_path) if "partial" in name or name.endswith("ckpt")]
-
-
-@pytest.mark.parametrize(("name", "left"), [("step-6.partial", ["step-4.ckpt"]), ("step-6.ckpt", ["step-6.ckpt"])])
-def test_killed_while_saving_it_goes_on_from_a_whole_save(
-    run: Commands,
-    searched: Path,
-    checkpoint: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    left: list[str],
-) -> None:
-    """Before the new save gets its name, and after the old one is gone; there is one at any moment."""
-    monkeypatch.setattr(command, "SAVE_EVERY", 2)
-    args = [*search_args(checkpoint, text), "--out", tmp_path]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        replace, unlink = Path.replace, Path.unlink
-
-        def renamed(file: Path, target: Path) -> Path:
-            if file.name == name:
-                raise Killed
-            return replace(file, target)
-
-        def removed(file: Path, missing_ok: bool = False) -> None:
-            unlink(file, missing_ok)
-            if name.endswith("ckpt") and file.name == "step-4.ckpt":
-                raise Killed
-
-        patch.setattr(Path, "replace", renamed)
-        patch.setattr(Path, "unlink", removed)
-        run(*args)
-    assert [file.name for file in tmp_path.rglob("*.ckpt")] == left
-    assert f"Going on from update {left[0][5]} " in run.ok(*args).out
-    assert results(tmp_path) == results(searched)
-
-
-def test_another_request_does_not_go_on_from_this_one(
-    run: Commands, searched: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "SAVE_EVERY", 2)
-    args = [*search_args(checkpoint, text), "--out", tmp_path]
-    killed(run, 3, [*args, "--lr", 0.5])
-    said = run.ok(*args).out
-    assert "Going on" not in said and "unfinished work of another `search`" in said
-    assert results(tmp_path) == results(searched)
-
-
-@pytest.mark.slow
-def test_sigkill_loses_no_more_than_since_the_last_save(
-    run: Commands, checkpoint: Path, text: Path, tmp_path: Path
-) -> None:
-    args = ["search", *on(checkpoint, text), "--updates", 100]
-    process = train_py(*args, "--out", tmp_path / "parts")
-    try:
-        wait_for(lambda: any((tmp_path / "parts").rglob("*.ckpt")), process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert not (tmp_path / "parts" / "search.json").exists()
-    assert "Going on from update" in run.ok(*args, "--out", tmp_path / "parts").out
-    run.ok(*args, "--out", tmp_path / "whole")
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------------------------------------- two ranks

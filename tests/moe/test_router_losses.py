@@ -1,4 +1,4 @@
-"""The routers' losses equal token-by-token references, and attached to a forward they train as if added by hand."""
+"""The routers' losses equal token-by-token references: values, gradients, padding and experts masked out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from lightning_moe.moe.layers import MoELayer, find_moe_layers
-from lightning_moe.moe.router_losses import attach_loss, gate_entropy_loss, load_balance_loss, router_z_loss
-from lightning_moe.moe.routing import Routing, mask_plan, record_routing, rewrite_weights
+from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.moe.router_losses import gate_entropy_loss, load_balance_loss, router_z_loss
+from lightning_moe.moe.routing import Routing, mask_plan, record_routing
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
-from tests.helpers.plans import fewest_plan, non_uniform_plan
+from tests.helpers.plans import non_uniform_plan
 from tests.helpers.reference import vectors as reference
 from tests.helpers.reference.router_losses import load_balance
 
@@ -291,152 +290,3 @@ def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient(loss: Callable[...
     value.backward()
     assert value.item() == 0
     assert logits_TE.grad.eq(0).all()
-
-
-# ------------------------------------------------------------------------------- attaching to a forward
-
-SCALE = 0.3
-
-
-def step_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    torch.manual_seed(3)  # PhiMoE draws random numbers while it trains
-    loss: Tensor = model(ids, use_cache=False).logits.float().log_softmax(-1)[..., 5].square().mean()
-    return loss
-
-
-def auxiliary(layers: Sequence[MoELayer], routing: Routing) -> Tensor:
-    return (load_balance_loss(routing) + 0.1 * router_z_loss(routing)) / len(layers)
-
-
-def training_model(family: str, recompute: bool) -> PreTrainedModel:
-    model = tiny_model(family)
-    keep_experts(model, non_uniform_plan(model))
-    model.train()
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_attached_loss_trains_as_one_that_is_added(family: str, recompute: bool) -> None:
-    """Bit by bit the same forward, and the gradients of ``loss + scale * auxiliary`` for every weight."""
-    ids = tiny_batch(length=12)
-    added, attached = training_model(family, recompute), training_model(family, recompute)
-    layers, routings = find_moe_layers(added), []
-    with record_routing(layers, lambda _, routing: routings.append(routing)):
-        loss = step_loss(added, ids)
-    (loss + SCALE * sum(auxiliary(layers, one) for one in routings)).backward()
-
-    own = find_moe_layers(attached)
-    with rewrite_weights(own, lambda _, one: attach_loss(one.weights_TK, auxiliary(own, one), SCALE)):
-        carried = step_loss(attached, ids)
-        carried.backward()
-    assert torch.equal(carried, loss)
-
-    expected, found = gradients(added), gradients(attached)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
-
-    plain = training_model(family, recompute)  # the auxiliary loss is really in it
-    step_loss(plain, ids).backward()
-    for layer, bare in zip(own, find_moe_layers(plain), strict=True):
-        assert not torch.allclose(layer.router_weight.grad, bare.router_weight.grad, rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_an_attached_loss_suits_every_way_to_run_experts(implementation: str) -> None:
-    found = []
-    for attach in (False, True):
-        model = training_model("mixtral", recompute=False)
-        model.set_experts_implementation(implementation)
-        layers, ids = find_moe_layers(model), tiny_batch(length=12)
-        if attach:
-            with rewrite_weights(layers, lambda _, one, all_=layers: attach_loss(one.weights_TK, auxiliary(all_, one))):
-                step_loss(model, ids).backward()
-        else:
-            routings: list[Routing] = []
-            with record_routing(layers, lambda _, one, routings=routings: routings.append(one)):
-                loss = step_loss(model, ids)
-            (loss + sum(auxiliary(layers, one) for one in routings)).backward()
-        found.append(gradients(model))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attaching_by_hand(dtype: torch.dtype) -> None:
-    """carrier x, loss l, both with gradients: after (2 x).sum() the gradient of x is 2, of l the scale; twice attached,
-    both count; and a loss with no way back asks for nothing."""
-    x = torch.tensor([1.0, 2.0], dtype=dtype, requires_grad=True)
-    one, two = (torch.tensor(value, requires_grad=True) for value in (5.0, 7.0))
-    carried = attach_loss(attach_loss(attach_loss(x, one, 0.25), two), torch.tensor(9.0), 3.0)
-    assert torch.equal(carried, x) and carried.dtype == dtype
-    (2 * carried).sum().backward()
-    assert x.grad.tolist() == [2, 2] and x.grad.dtype == dtype
-    assert (float(one.grad), float(two.grad)) == (0.25, 1.0)
-
-
-# ------------------------------------------------------------------------------------ rewriting weights
-
-
-def recorded(model: PreTrainedModel, ids: Tensor) -> list[Routing]:
-    routings: list[Routing] = []
-    with record_routing(find_moe_layers(model), lambda _, one: routings.append(one)), torch.no_grad():
-        model(ids)
-    return routings
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rewritten_weights_are_those_that_experts_get(family: str) -> None:
-    """The first layer's experts see the weights it is given, ids and logits stay, and afterwards all is as before."""
-    model, ids = tiny_model(family), tiny_batch(length=8)
-    layers, before = find_moe_layers(model), recorded(model, ids)
-    with torch.no_grad():
-        logits = model(ids).logits
-        with rewrite_weights(layers, lambda layer, routing: None):
-            assert torch.equal(model(ids).logits, logits)
-        with rewrite_weights(layers[:1], lambda layer, routing: 2 * routing.weights_TK):
-            first = recorded(model, ids)[0]
-            assert not torch.allclose(model(ids).logits, logits)
-        assert torch.equal(model(ids).logits, logits)
-    assert torch.equal(first.weights_TK, 2 * before[0].weights_TK)
-    assert torch.equal(first.expert_ids_TK, before[0].expert_ids_TK)
-    assert torch.equal(first.logits_TE, before[0].logits_TE)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_told_from_weights_where_every_expert_is_chosen(family: str) -> None:
-    """Both have the same shape then. The logits of a layer cut to ``top_k`` experts are the kept columns of before."""
-    model, ids = tiny_model(family), tiny_batch(length=8)
-    whole, keep = recorded(model, ids)[0], fewest_plan(model)
-    name = find_moe_layers(model)[0].name
-    keep_experts(model, keep)
-    cut = recorded(model, ids)[0]
-    torch.testing.assert_close(cut.logits_TE, whole.logits_TE[:, keep[name]], rtol=1e-5, atol=1e-6)
-
-
-def test_an_exception_leaves_no_hook() -> None:
-    model = tiny_model("mixtral")
-    layers = find_moe_layers(model)
-
-    def refuse(layer: MoELayer, routing: Routing) -> None:
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"), rewrite_weights(layers, refuse):
-        model(tiny_batch(length=8))
-    assert not any(layer.router._forward_hooks for layer in layers)
-
-
-def test_what_a_recorder_returns_changes_nothing() -> None:
-    """A hook's result would take the place of the router's output."""
-    model, ids = tiny_model("mixtral"), tiny_batch(length=8)
-    found: dict[str, Routing] = {}
-    with torch.no_grad():
-        expected = model(ids).logits
-        with record_routing(find_moe_layers(model), lambda layer, one: found.setdefault(layer.name, one)):
-            assert torch.equal(model(ids).logits, expected)
