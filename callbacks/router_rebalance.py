@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,10 +18,21 @@ from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import MoELayer, find_moe_layers, hugging_face_model, hugging_face_models
 from lightning_moe.moe.router_losses import attach_loss, gate_entropy_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, rewrite_weights
+from lightning_moe.moe.split_tensors import local
 from lightning_moe.stats.usage import RouterCounts
 
 Trained = Literal["all", "routers", "routers+norms"]
 """Which weights learn."""
+
+
+def wrong_setting(train: str, **weights: float) -> str | None:
+    """What is wrong with settings of ``RouterRebalance``, in a line that begins with the setting's name."""
+    for name, value in weights.items():
+        if not 0 <= value < math.inf:
+            return f"{name} {value}: 0 or more."
+    if train not in get_args(Trained):
+        return f"train {train!r}: one of {', '.join(get_args(Trained))}."
+    return None
 
 
 class RouterRebalance(Callback):
@@ -40,6 +51,7 @@ class RouterRebalance(Callback):
             takes 0.001. Such a layer then has no load-balance loss. 0 leaves the biases alone.
         train: What learns: everything that did; the routers alone; or these and the norms. What learns of a model in
             16 bits is held in float32 during the fit, since small steps vanish in 16; with ``bf16-mixed`` precision.
+            A note says so where rounding it at the end loses most of what it learned.
         entropy: Weight of the gate's entropy over its largest, a mean over tokens and layers, which makes routers
             sure of fewer experts (SEER-MoE). It pulls against ``load_balance``: with it give that as 0.
     """
@@ -52,12 +64,9 @@ class RouterRebalance(Callback):
         train: Trained = "all",
         entropy: float = 0.0,
     ) -> None:
-        weights = {"load_balance": load_balance, "z_loss": z_loss, "bias_step": bias_step, "entropy": entropy}
-        for name, value in weights.items():
-            if not 0 <= value < math.inf:
-                raise InputError(f"RouterRebalance: {name} {value}: 0 or more.")
-        if train not in ("all", "routers", "routers+norms"):
-            raise InputError(f"RouterRebalance: train {train!r}: one of all, routers, routers+norms.")
+        wrong = wrong_setting(train, load_balance=load_balance, z_loss=z_loss, bias_step=bias_step, entropy=entropy)
+        if wrong is not None:
+            raise InputError(f"RouterRebalance: {wrong}")
         self.load_balance, self.z_loss, self.bias_step, self.train = load_balance, z_loss, bias_step, train
         self.entropy = entropy
         self._context = ExitStack()
@@ -67,7 +76,7 @@ class RouterRebalance(Callback):
         self._forwarded: set[str] = set()
         self._losses: dict[str, list[Tensor]] = {}
         self._frozen: list[str] = []
-        self._widened: dict[str, torch.dtype] = {}
+        self._widened: dict[str, Tensor] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,7 +114,7 @@ class RouterRebalance(Callback):
                 f"RouterRebalance: train {self.train!r}: the weights are in {next(iter(narrow.values())).dtype}, where "
                 "small steps vanish; give the Trainer precision bf16-mixed, and what learns is held in float32."
             )
-        self._widened = {name: parameter.dtype for name, parameter in narrow.items()}
+        self._widened = {name: parameter.data for name, parameter in narrow.items()}
         for parameter in narrow.values():
             parameter.data = parameter.data.float()
 
@@ -177,15 +186,29 @@ class RouterRebalance(Callback):
         self._losses = {}
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        moved = kept = 0
+        for name, whole in self._widened.items():
+            before, after = local(whole), local(pl_module.get_parameter(name).data)
+            if before.shape == after.shape:  # else experts have gone
+                moved += int(torch.count_nonzero(after != before))
+                kept += int(torch.count_nonzero(after.to(before.dtype) != before))
+        if kept < moved / 2 and trainer.is_global_zero:
+            print(
+                f"note: RouterRebalance: of {moved:,} weights that learned, {moved - kept:,} are as they were once "
+                "they are in 16 bits again; give a higher learning rate, or load the model in float32."
+            )
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._context.close()
         self._training = False
         vars(pl_module).pop("configure_model", None)
         for name in self._frozen:  # by name: pruning puts other parameters in their place
             pl_module.get_parameter(name).requires_grad_(True)
-        for name, dtype in self._widened.items():
+        for name, before in self._widened.items():
             parameter = pl_module.get_parameter(name)
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(before.dtype)
         self._frozen, self._widened, self._counts = [], {}, None
 
     @override

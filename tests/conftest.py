@@ -17,6 +17,9 @@ from hypothesis import settings
 
 from lightning_moe.cli.plugins import load_plugins
 
+# What a helper asserts is told in as much detail as what a test does.
+pytest.register_assert_rewrite("tests.helpers", "tests.callbacks.foreign_fit", "tests.search.tiny_search")
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

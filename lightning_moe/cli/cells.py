@@ -54,12 +54,12 @@ class Comparison:
         self.trainer, self.data, self.validation, self.run = trainer, data, validation, run
         self.path, self.shapes = model_path(model), shapes
         self.job = Job(trainer, model, data, self._observed)
-        self._anew, self._norms_anew = anew, anew
-        writes = trainer.is_global_zero
-        self._cells = Records(run.folder / "cells", run.request, writes=writes, anew=anew)
-        self._scores = Records(run.folder / "scores", run.request, writes=writes, anew=anew)
-        rounds = Records(run.folder / "rounds", run.request, writes=writes, anew=anew)
+        self._cells, self._scores, rounds = self._records = [
+            Records(run.folder / name, run.request, writes=trainer.is_global_zero)
+            for name in ("cells", "scores", "rounds")
+        ]
         self._rounds = RoundRuns(self.job, validation, run, rounds, options, shapes)
+        self._anew = anew
         self._failed_scores: dict[str, str] = {}
         self._full: dict[str, Any] | None = None
         self.computed = 0
@@ -76,8 +76,7 @@ class Comparison:
     def _observed(self, whole: MoECausalLM, gradients: bool) -> ModelStats:
         file, start = self.run.folder / "stats.safetensors", time.perf_counter()
         before = file.stat().st_mtime_ns if file.exists() else None
-        anew, self._anew = self._anew, False  # gradients are added to what is anew already
-        stats = observe(self.trainer, whole, self.data, self.run, gradients, anew)
+        stats = observe(self.trainer, whole, self.data, self.run, gradients)
         if self.trainer.is_global_zero and file.stat().st_mtime_ns != before:
             what = GRADIENTS if gradients else OBSERVATION
             self._scores.put(what, {"seconds": round(time.perf_counter() - start, 3)})
@@ -97,11 +96,15 @@ class Comparison:
 
     def full_model(self, say: Callable[[str], None]) -> dict[str, Any]:
         """The model as it is. What fails here would fail in every cell, so it is not caught."""
-        row = self._cells.get(FULL)
+        row = None if self._anew else self._cells.get(FULL)
         if row is None:
             settings = {"method": FULL, "strategy": "one-shot", "scope": None, "ratio": 0.0, "seed": None}
             settings["status"] = "done"
-            row = self._cells.put(FULL, settings | self._figures({}))
+            settings |= self._figures({})
+            if self._anew:  # not before something is there to stand in its place
+                for records in self._records:
+                    records.clear()
+            row = self._cells.put(FULL, settings)
             self.computed += 1
             say(f"full model: perplexity {row['perplexity']:.4g}")
         self._full = row
@@ -150,9 +153,7 @@ class Comparison:
 
     def _with_zeros(self, method: Method, seed: int | None) -> dict[str, Any]:
         """What the model is worth with some weights of all experts set to zero."""
-        anew = self._norms_anew and method.needs_text
-        self._norms_anew &= not anew
-        model, made = zeroed_model(self.job, self.run, method, seed, anew)
+        model, made = zeroed_model(self.job, self.run, method, seed)
         figures = measure(self.trainer, model, self.validation)
         return figures | derived_figures(figures, {}, self.path, self.shapes) | made
 

@@ -62,7 +62,7 @@ def demo(trainer: Trainer, out: str, overwrite: bool) -> None:
     folders = {"full": MODEL}
     for ratio, (method, scope) in cuts:
         name = f"{method} {scope} -{ratio:.0%}"
-        folder = run.folder / name.replace(" ", "-").replace("--", "-").replace("%", "")
+        folder = run.folder / f"{method}-{scope}-{100 * ratio:g}"
         stats = str(run.folder / "score" / "stats.safetensors")
         cut = Cut(method, ratio, scope)
         prune(trainer, MoECausalLM(str(MODEL)), TextDataModule(), str(folder), cut, stats, None, None, overwrite)

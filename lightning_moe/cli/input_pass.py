@@ -38,16 +38,16 @@ class InputObservation(SummingPass[InputSums]):
         self.norms = running.norms()
 
 
-def input_norms(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: RunFolder, anew: bool) -> StoredNorms:
+def input_norms(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run: RunFolder) -> StoredNorms:
     """The norms of this model's inputs on this text: from the run folder if it holds them, else from one pass.
 
-    ``anew`` makes the pass in any case; every rank must call it. It is a pass of its own, at the cost of a forward:
+    Every rank must call it. It is a pass of its own, at the cost of a forward:
     only this rule asks for norms, so the statistics that all criteria share are not made larger, nor that pass slower,
     for it.
     """
     data.setup("predict")
     file, identity, precision = run.folder / FILE, run.request["model_id"], run.request["precision"]
-    found = load_norms(file) if file.is_file() and not anew else None
+    found = load_norms(file) if file.is_file() else None
     wanted = data.text.fingerprint, precision
     if found is not None and same_model(found.model_id, identity) and (found.data_fingerprint, found.dtype) == wanted:
         return found

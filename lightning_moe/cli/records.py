@@ -23,14 +23,13 @@ class Records:
         folder: One file per record.
         request: What was asked, in plain values; a part of every record.
         writes: Whether this rank writes.
-        anew: Forget what is there; it is removed when the first record is written.
     """
 
-    def __init__(self, folder: Path, request: Mapping[str, Any], *, writes: bool, anew: bool = False) -> None:
-        self.folder, self.writes, self._stale = folder, writes, anew
+    def __init__(self, folder: Path, request: Mapping[str, Any], *, writes: bool) -> None:
+        self.folder, self.writes = folder, writes
         self._stamp: dict[str, Any] = {"version": VERSION, "request": json.loads(json.dumps(request))}
         self._found: dict[str, dict[str, Any]] = {}
-        for file in () if anew else sorted(folder.glob("*.json")):
+        for file in sorted(folder.glob("*.json")):
             record = _read(file)
             if record is not None and all(record.get(name) == value for name, value in self._stamp.items()):
                 self._found[file.stem] = record
@@ -42,11 +41,13 @@ class Records:
         """Keep a record and return it, stamped with version and request."""
         self._found[name] = dict(record) | self._stamp
         if self.writes:
-            if self._stale:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self._stale = False
             write_json(self.folder / f"{name}.json", self._found[name])
         return self._found[name]
+
+    def clear(self) -> None:
+        self._found.clear()
+        if self.writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def without_stamp(record: Mapping[str, Any]) -> dict[str, Any]:

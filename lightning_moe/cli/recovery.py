@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_moe.callbacks.router_rebalance import RouterRebalance, Trained
+from lightning_moe.callbacks.router_rebalance import RouterRebalance, Trained, wrong_setting
 from lightning_moe.cli.fitting import fit_steps
 from lightning_moe.cli.step_saves import StepSaves
 from lightning_moe.data.datamodule import TextDataModule
@@ -80,10 +80,9 @@ class Recovery:
                 f"--recovery.{changed[0]} {getattr(self, changed[0])}: router-kd trains the routers alone, and only "
                 "towards what the whole model said; leave it out."
             )
-        try:
-            self.rebalance()
-        except InputError as error:
-            raise InputError(f"--recovery.{str(error).removeprefix('RouterRebalance: ')}") from error
+        wrong = wrong_setting(**{name: getattr(self, name) for name in routers})
+        if wrong is not None:
+            raise InputError(f"--recovery.{wrong}")
 
     def rebalance(self) -> RouterRebalance:
         if self.kind == "router-kd":  # the teacher says where tokens go; nothing else does

@@ -49,7 +49,7 @@ def prune_weights(
     run = RunFolder(out, "prune", asked, overwrite)
     if run.finished and target.is_dir():
         return run.finished
-    pattern, fingerprint, _ = _pattern(trainer, model, data, run, method, seed(), overwrite)
+    pattern, fingerprint, _ = _pattern(trainer, model, data, run, method, seed())
     if not trainer.is_global_zero:
         return None
     model.release()  # from here on it is from file to file
@@ -71,15 +71,12 @@ def prune_weights(
     )
 
 
-def zeroed_model(
-    job: Job, run: RunFolder, method: Method, cell_seed: int | None, anew: bool
-) -> tuple[MoECausalLM, dict[str, Any]]:
+def zeroed_model(job: Job, run: RunFolder, method: Method, cell_seed: int | None) -> tuple[MoECausalLM, dict[str, Any]]:
     """The model with half of its experts' weights zero, in memory, and what a cell of ``compare`` says of it.
 
-    ``anew`` makes the pass over the text again, if the method takes one, whatever the folder holds.
     The seconds are those of choosing weights: of the pass over the text, whenever that was made, and of the zeros.
     """
-    pattern, _, pass_seconds = _pattern(job.trainer, job.model, job.data, run, method, cell_seed or 0, anew)
+    pattern, _, pass_seconds = _pattern(job.trainer, job.model, job.data, run, method, cell_seed or 0)
     model = job.whole_model_to_change()
     started = time.perf_counter()
     zeros = zero_in_model(model.network, pattern)
@@ -99,13 +96,12 @@ def _pattern(
     run: RunFolder,
     method: Method,
     drawn_by: int,
-    anew: bool,
 ) -> tuple[Pattern, str | None, float]:
     """Which weights go, the text that was looked at, and the seconds of the pass over it; every rank must call it."""
     assert method.weights is not None
     if not method.needs_text:
         return Pattern(method.weights, drawn_by if method.seeded else 0), None, 0.0
-    found = input_norms(trainer, model, data, run, anew)
+    found = input_norms(trainer, model, data, run)
     pattern = Pattern(method.weights, norms=found.norms)
     unused = pattern.experts_without_inputs()
     if unused and trainer.is_global_zero:

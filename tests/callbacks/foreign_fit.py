@@ -152,5 +152,11 @@ def assert_rows_of(model: nn.Module, whole: dict[str, Tensor], keep: dict[str, S
     assert cut >= 3 * sum(len(ids) < 8 for ids in keep.values())  # router and two stacks, at the least
 
 
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(tiny_batch()).logits
+    return found
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -3,68 +3,30 @@
 from __future__ import annotations
 
 import json
-import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_moe.callbacks.expert_pruning import ExpertPruning
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.surgery import keep_experts
+from tests.callbacks.foreign_fit import Foreign, fit, logits
 from tests.helpers.checkpoint import save_tokenizer
-from tests.helpers.families import tiny_batch, tiny_model
+from tests.helpers.families import tiny_model
 
 
-class Foreign(LightningModule):
-    """Somebody's module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList([nn.Linear(2, 2), model])
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss: Tensor = self.parts[1](input_ids=batch, labels=batch).loss
+class Dense(Foreign):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.before(torch.ones(1, 2)).sum()
         return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Dense(Foreign):
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.parts[0](torch.ones(1, 2)).sum()
-
-
-def fit(module: LightningModule, callback: HFCheckpoint, folder: Path, **kwargs: Any) -> None:
-    loader = DataLoader(tiny_batch(4), batch_size=2)  # type: ignore[arg-type]
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        callbacks=[callback],
-        **({"max_epochs": 1} | kwargs),
-    )
-    trainer.fit(module, loader)
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(tiny_batch()).logits
-    return found
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -74,7 +36,7 @@ def test_the_folder_holds_the_trained_model(tmp_path: Path, uniform: bool) -> No
     names = [layer.name for layer in find_moe_layers(model)]
     if not uniform:
         keep_experts(model, {names[0]: [0, 2, 5], names[1]: [1, 2, 3, 4]})
-    fit(Foreign(model), HFCheckpoint(str(tmp_path / "out")), tmp_path)
+    fit(Foreign(model), tmp_path, HFCheckpoint(str(tmp_path / "out")))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(saved), logits(model))
     assert not torch.equal(logits(saved), before)
@@ -83,7 +45,7 @@ def test_the_folder_holds_the_trained_model(tmp_path: Path, uniform: bool) -> No
 
 def test_tokenizer_travels_along(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "tokenizer")
-    fit(Foreign(tiny_model("mixtral")), HFCheckpoint(str(tmp_path / "out"), str(tmp_path / "tokenizer")), tmp_path)
+    fit(Foreign(tiny_model("mixtral")), tmp_path, HFCheckpoint(str(tmp_path / "out"), str(tmp_path / "tokenizer")))
     text = "A router picks two of eight experts."
     saved, own = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "tokenizer"))
     assert saved(text)["input_ids"] == own(text)["input_ids"]
@@ -92,7 +54,7 @@ def test_tokenizer_travels_along(tmp_path: Path) -> None:
 def test_dtype_is_that_of_the_copy(tmp_path: Path) -> None:
     """What is saved is bfloat16; what was trained stays as it was."""
     model = tiny_model("mixtral")
-    fit(Foreign(model), HFCheckpoint(str(tmp_path / "out"), dtype="bfloat16"), tmp_path)
+    fit(Foreign(model), tmp_path, HFCheckpoint(str(tmp_path / "out"), dtype="bfloat16"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -103,13 +65,13 @@ def test_dtype_is_that_of_the_copy(tmp_path: Path) -> None:
 def test_a_later_export_replaces_the_whole_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("old")
-    fit(Foreign(tiny_model("mixtral")), HFCheckpoint(str(tmp_path / "out")), tmp_path)
+    fit(Foreign(tiny_model("mixtral")), tmp_path, HFCheckpoint(str(tmp_path / "out")))
     assert not (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
     assert {entry.name for entry in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_fit_of_few_steps_is_saved(tmp_path: Path) -> None:
-    fit(Foreign(tiny_model("mixtral")), HFCheckpoint(str(tmp_path / "out")), tmp_path, max_epochs=-1, max_steps=1)
+    fit(Foreign(tiny_model("mixtral")), tmp_path, HFCheckpoint(str(tmp_path / "out")), max_epochs=-1, max_steps=1)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -119,13 +81,13 @@ def test_no_model_inside_is_said_before_training(tmp_path: Path, module: type[Fo
     steps: list[int] = []
 
     class Counting(module):  # type: ignore[misc, valid-type]
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             steps.append(batch_idx)
             loss: Tensor = super().training_step(batch, batch_idx)
             return loss
 
     with pytest.raises(TypeError, match="holds no Hugging Face model"):
-        fit(Counting(nn.Identity()), HFCheckpoint(str(tmp_path / "out")), tmp_path)
+        fit(Counting(nn.Identity()), tmp_path, HFCheckpoint(str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
     assert steps == []
 
@@ -136,154 +98,13 @@ def test_bad_arguments_are_said_before_training(tmp_path: Path, bad: dict[str, s
     steps: list[int] = []
 
     class Counting(Foreign):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             steps.append(batch_idx)
             return super().training_step(batch, batch_idx)
 
     with pytest.raises((ValueError, TypeError, OSError)):
-        fit(Counting(tiny_model("mixtral")), HFCheckpoint(str(tmp_path / "out"), **bad), tmp_path)
+        fit(Counting(tiny_model("mixtral")), tmp_path, HFCheckpoint(str(tmp_path / "out"), **bad))
     assert steps == []
-
-
-# ------------------------------------------------------------------------------------ beside checkpoints
-
-
-class Validated(Foreign):
-    """Also validates, and may be killed at a batch, counted over the epochs."""
-
-    kill_at: int | None = None
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if self.trainer.fit_loop.total_batch_idx == self.kill_at:
-            raise RuntimeError("killed")
-        loss = super().training_step(batch, batch_idx)
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val", float(self.current_epoch))
-
-
-def fit_saving(folder: Path, *callbacks: Any, module: Any = None, batches: int = 4, **kwargs: Any) -> Any:
-    """Four batches an epoch, two validated after each."""
-    module = Validated(tiny_model("mixtral", intermediate_size=8)) if module is None else module
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    settings: dict[str, Any] = {"max_epochs": 1, "num_sanity_val_steps": 0} | kwargs
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **settings,
-    )
-    data = [DataLoader(tiny_batch(2 * count, 12), batch_size=2) for count in (batches, 2)]  # type: ignore[arg-type]
-    trainer.fit(module, *data, ckpt_path=ckpt_path)
-    return module
-
-
-def saved_weights(file: Path) -> dict[str, Tensor]:
-    """What Lightning's checkpoint holds of the model."""
-    prefix = "parts.1."
-    state = torch.load(file, weights_only=False)["state_dict"]
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def assert_beside(folder: Path, *names: str) -> None:
-    """These checkpoints, and beside each an export with exactly its weights; nothing else."""
-    assert sorted(file.stem for file in folder.rglob("*.ckpt")) == sorted(names)
-    assert sorted(export.name for export in folder.rglob("*-hf")) == sorted(f"{name}-hf" for name in names)
-    assert len(list(folder.rglob(".*"))) == 0
-    for file in folder.rglob("*.ckpt"):
-        expected = saved_weights(file)
-        found = AutoModelForCausalLM.from_pretrained(file.with_name(f"{file.stem}-hf")).state_dict()
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (file.name, name)
-
-
-MOMENTS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "each step": ({"every_n_train_steps": 1, "save_top_k": -1}, ["step=1", "step=2", "step=3", "step=4"]),
-    "each second": ({"every_n_train_steps": 2, "save_top_k": -1}, ["step=2", "step=4"]),
-    "each epoch's end": ({"save_on_train_epoch_end": True}, ["step=4"]),
-    "each validation's end": ({"save_on_train_epoch_end": False}, ["step=4"]),
-    "and the last": ({"every_n_train_steps": 3, "save_last": True, "save_top_k": -1}, ["step=3", "last"]),
-    "a link": ({"every_n_train_steps": 3, "save_last": "link", "save_top_k": -1}, ["step=3", "last"]),
-    "weights only": ({"every_n_train_steps": 3, "save_weights_only": True}, ["step=3"]),
-}
-
-
-@pytest.mark.parametrize(("moments", "names"), MOMENTS.values(), ids=MOMENTS)
-def test_beside_each_checkpoint_its_weights(tmp_path: Path, moments: dict[str, Any], names: list[str]) -> None:
-    """Those of the moment, though training goes on before the export is written."""
-    fit_saving(tmp_path, HFCheckpoint(), ModelCheckpoint(tmp_path / "saved", filename="{step}", **moments))
-    assert_beside(tmp_path / "saved", *names)
-
-
-def test_two_that_save(tmp_path: Path) -> None:
-    """In folders of their own, at moments of their own."""
-    savers = [ModelCheckpoint(tmp_path / f"every-{n}", "{step}", every_n_train_steps=n, save_top_k=-1) for n in (2, 3)]
-    fit_saving(tmp_path, HFCheckpoint(), *savers)
-    assert_beside(tmp_path / "every-2", "step=2", "step=4")
-    assert_beside(tmp_path / "every-3", "step=3")
-
-
-def test_the_trainers_own_folder(tmp_path: Path) -> None:
-    fit_saving(tmp_path, HFCheckpoint())
-    assert_beside(tmp_path / "checkpoints", "epoch=0-step=4")
-
-
-def test_an_export_goes_with_its_checkpoint(tmp_path: Path) -> None:
-    """Two of the best stay; here the last are the best. What somebody else has put there stays."""
-    saving = ModelCheckpoint(tmp_path / "saved", "{epoch}", monitor="val", mode="max", save_top_k=2)
-    (tmp_path / "saved" / "theirs-hf").mkdir(parents=True)
-    fit_saving(tmp_path, HFCheckpoint(), saving, max_epochs=4, batches=1)
-    (tmp_path / "saved" / "theirs-hf").rmdir()
-    assert_beside(tmp_path / "saved", "epoch=2", "epoch=3")
-
-
-def test_the_last_is_exported_again_whenever_it_is_written(tmp_path: Path) -> None:
-    seen: list[Tensor] = []
-
-    class Look(Callback):
-        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-            folder = tmp_path / "saved" / "last-hf"
-            if folder.exists():
-                seen.append(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight.detach())
-
-    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=0, save_last=True)
-    fit_saving(tmp_path, Look(), HFCheckpoint(), saving)
-    assert_beside(tmp_path / "saved", "last")
-    assert len(seen) == 3
-    assert not any(torch.equal(left, right) for left, right in pairwise(seen))
-
-
-def test_a_name_with_a_folder_in_it(tmp_path: Path) -> None:
-    """Lightning makes one of each slash, as in the name of a metric."""
-    fit_saving(
-        tmp_path, HFCheckpoint(), ModelCheckpoint(tmp_path / "saved", "{step}-{train/loss:.1f}", every_n_train_steps=2)
-    )
-    (file,) = (tmp_path / "saved").rglob("*.ckpt")
-    assert_beside(tmp_path / "saved", file.stem)
-
-
-def test_a_folder_alone_is_for_the_end(tmp_path: Path) -> None:
-    saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
-    module = fit_saving(tmp_path, HFCheckpoint(str(tmp_path / "out")), saving)
-    assert not list((tmp_path / "saved").glob("*-hf"))
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(module.parts[1]))
-
-
-def test_both(tmp_path: Path) -> None:
-    save_tokenizer(tmp_path / "tokenizer")
-    saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=3)
-    export = HFCheckpoint(str(tmp_path / "out"), str(tmp_path / "tokenizer"), "bfloat16", beside_checkpoints=True)
-    fit_saving(tmp_path, export, saving)
-    for folder in (tmp_path / "out", tmp_path / "saved" / "step=3-hf"):
-        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-        assert (folder / "tokenizer.json").exists()
 
 
 def test_nothing_to_export_is_refused() -> None:
@@ -293,101 +114,5 @@ def test_nothing_to_export_is_refused() -> None:
 
 @pytest.mark.parametrize("beside", [None, True])
 def test_a_fit_that_saves_nothing_exports_nothing(tmp_path: Path, beside: bool | None) -> None:
-    fit(Foreign(tiny_model("mixtral")), HFCheckpoint(beside_checkpoints=beside), tmp_path)
+    fit(Foreign(tiny_model("mixtral")), tmp_path, HFCheckpoint(beside_checkpoints=beside))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_fit_goes_on_exporting(tmp_path: Path) -> None:
-    """What an earlier run has written is left as it is, and goes with its checkpoint all the same."""
-
-    def saving() -> ModelCheckpoint:
-        return ModelCheckpoint(tmp_path / "saved", "{epoch}", monitor="val", mode="max", save_top_k=2, save_last=True)
-
-    first = Validated(tiny_model("mixtral", intermediate_size=8))
-    first.kill_at = 5
-    with pytest.raises(RuntimeError, match="killed"):
-        fit_saving(tmp_path, HFCheckpoint(), saving(), module=first, max_epochs=4, batches=2)
-    assert_beside(tmp_path / "saved", "epoch=0", "epoch=1", "last")
-    written = (tmp_path / "saved" / "epoch=1-hf" / "model.safetensors").stat().st_mtime_ns
-    fit_saving(tmp_path, HFCheckpoint(), saving(), max_epochs=3, batches=2, ckpt_path=tmp_path / "saved" / "last.ckpt")
-    assert (tmp_path / "saved" / "epoch=1-hf" / "model.safetensors").stat().st_mtime_ns == written
-    assert_beside(tmp_path / "saved", "epoch=1", "epoch=2", "last")
-
-
-def test_an_older_checkpoint_gets_no_foreign_weights(tmp_path: Path) -> None:
-    """One without an export, as a kill may leave it: what lies beside it later, if anything, is its own weights."""
-    saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
-    fit_saving(tmp_path, saving)
-    saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=3, save_top_k=-1)
-    fit_saving(tmp_path, HFCheckpoint(), saving)
-    for export in (tmp_path / "saved").glob("*-hf"):
-        expected = saved_weights(export.with_name(export.name.removesuffix("-hf") + ".ckpt"))
-        found = AutoModelForCausalLM.from_pretrained(export).state_dict()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert (tmp_path / "saved" / "step=3-hf").exists()
-
-
-@pytest.mark.parametrize("spelling", ["absolute", "relative", "last"])
-def test_an_export_that_a_kill_left_out_is_made_when_a_fit_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
-) -> None:
-    """Of the weights that were saved, before training moves them, however the checkpoint is named."""
-
-    last = spelling == "last"
-
-    def saving() -> ModelCheckpoint:
-        return ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=2, save_top_k=-1, save_last=last)
-
-    fit_saving(tmp_path, HFCheckpoint(), saving(), max_steps=2)
-    file = tmp_path / "saved" / ("last.ckpt" if last else "step=2.ckpt")
-    export = file.with_name(f"{file.stem}-hf")
-    shutil.rmtree(export)
-    found: list[bool] = []
-
-    class Look(Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            found.append((export / "model.safetensors").is_file())
-
-    monkeypatch.chdir(tmp_path)
-    begun = {"absolute": file, "relative": file.relative_to(tmp_path), "last": "last"}
-    fit_saving(tmp_path, HFCheckpoint(), saving(), Look(), ckpt_path=begun[spelling])
-    assert found == [True, True]
-    assert_beside(tmp_path / "saved", "step=2", "step=4", *(["last"] if last else []))
-
-
-def test_a_checkpoint_of_somebody_else_gets_no_export(tmp_path: Path) -> None:
-    """A fit may begin with what lies in no folder of its own."""
-    fit_saving(tmp_path, ModelCheckpoint(tmp_path / "theirs", "{step}", every_n_train_steps=2))
-    saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=4)
-    theirs = tmp_path / "theirs" / "step=4.ckpt"
-    fit_saving(tmp_path, HFCheckpoint(), saving, max_epochs=2, ckpt_path=theirs)
-    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["step=4.ckpt"]
-    assert_beside(tmp_path / "saved", "step=8")
-
-
-# --------------------------------------------------------------------------------- of a model being pruned
-
-
-@pytest.mark.parametrize("unit", ["steps", "epochs"])
-@pytest.mark.parametrize("pruned_first", [True, False])
-@pytest.mark.parametrize("after", ["steps", "validation", "epochs"])
-def test_each_moment_of_a_pruned_fit(tmp_path: Path, after: str, pruned_first: bool, unit: Any) -> None:
-    """Stock transformers loads what was there when the checkpoint was written, with as many experts."""
-    moments: dict[str, Any] = {"steps": {"every_n_train_steps": 1}, "validation": {}, "epochs": {}}[after]
-    saving = ModelCheckpoint(
-        tmp_path / "saved",
-        "{step}",
-        save_top_k=-1,
-        save_on_train_epoch_end=None if after == "steps" else after == "epochs",
-        **moments,
-    )
-    data = [{"input_ids": tiny_batch(2, 12)}]
-    pruning = ExpertPruning(data, 0.5, [0.25, 0.5], "rwn", unit=unit, at=[1, 2] if unit == "epochs" else [2, 4])
-    guests = [pruning, HFCheckpoint()] if pruned_first else [HFCheckpoint(), pruning]
-    module = fit_saving(tmp_path, *guests, saving, max_epochs=3, batches=2)
-    assert [layer.num_experts for layer in find_moe_layers(module)] == [4, 4]
-    steps = [1, 2, 3, 4, 5, 6] if after == "steps" else [2, 4, 6]
-    assert_beside(tmp_path / "saved", *(f"step={step}" for step in steps))
-    for step in steps:
-        config = json.loads((tmp_path / "saved" / f"step={step}-hf" / "config.json").read_text())
-        assert config["num_local_experts"] in (4, 6, 8) and "per_layer_config" not in config

@@ -83,7 +83,7 @@ def test_a_model_that_is_made_late_is_frozen_before_the_optimiser_sees_it(tmp_pa
 class Slow(Foreign):
     """AdamW at a rate that bfloat16 does not feel: the next number above 1 is 1.0078. May fail after two steps."""
 
-    fails = False
+    fails, lr = False, 1e-5
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.fails and batch_idx == 2:
@@ -91,7 +91,7 @@ class Slow(Foreign):
         return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-5, weight_decay=0.1)
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
 
 
 class Weights(Callback):
@@ -133,6 +133,20 @@ def test_what_learns_of_a_16_bit_model_is_held_in_float32(tmp_path: Path, family
         expected = last[name].to(before[name].dtype) if name in learns else before[name]
         assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
     assert traces(module) == traces_before
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-2])
+def test_a_note_says_what_rounding_loses(tmp_path: Path, lr: float, capsys: pytest.CaptureFixture[str]) -> None:
+    module, weights = slow_model("mixtral"), Weights()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    run = trainer(tmp_path, RouterRebalance(0.5, train="routers"), weights, precision="bf16-mixed", max_steps=2)
+    module.lr = lr
+    run.fit(module, loader())
+    moved = sum(int((weights.seen[-1][name] != before[name]).sum()) for name in should_learn(module, "routers"))
+    left = sum(int((p != before[name]).sum()) for name, p in module.named_parameters())
+    note = f"of {moved:,} weights that learned, {moved - left:,} are as they were"
+    assert (left < moved / 2) == (lr < 1e-3)
+    assert (note in capsys.readouterr().out) == (lr < 1e-3)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])

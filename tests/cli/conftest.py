@@ -1,4 +1,4 @@
-"""One tiny checkpoint and its text for all tests of the commands."""
+"""One tiny checkpoint, its text and their statistics for all tests of the commands."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moe.cli.main import main
+from tests.helpers.bad_input import Place
 from tests.helpers.blank_figures import blank_figures
 from tests.helpers.checkpoint import Commands, documents, save_checkpoint, write_text
+from tests.helpers.command_runs import model_args, text_args
+from tests.helpers.comparisons import Compare
+from tests.helpers.shared_work import shared_folder
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +50,34 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder / "harbour.txt", documents(50))
     write_text(folder / "island.txt", documents(30, start=100))
     return folder
+
+
+@pytest.fixture(scope="module")
+def stats_file(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The statistics of the text, gradients among them, that many tests cut from."""
+
+    def score(folder: Path) -> None:
+        args = ("score", *model_args(checkpoint), *text_args(text), "--gradients", "true", "--out", folder)
+        main([str(arg) for arg in args])
+
+    return shared_folder(tmp_path_factory, "scored", score) / "stats.safetensors"
+
+
+@pytest.fixture
+def place(tmp_path: Path, checkpoint: Path, text: Path, stats_file: Path) -> Place:
+    return Place(tmp_path, checkpoint, text, stats_file)
+
+
+@pytest.fixture(scope="session")
+def val_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("val_text")
+    write_text(folder / "letters.txt", documents(20, start=500))
+    write_text(folder / "tales.txt", documents(20, start=700))
+    return folder
+
+
+@pytest.fixture
+def comparison(
+    run: Commands, checkpoint: Path, text: Path, val_text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Compare:
+    return Compare(run, checkpoint, text, val_text, monkeypatch, tmp_path / "run")

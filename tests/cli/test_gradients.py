@@ -206,11 +206,11 @@ def test_compare_and_rounds_share_one_pass(run: Commands, args: Args, batches: B
     stats = load_stats(tmp_path / "run" / "stats.safetensors")
     for name, scores in score_experts(stats, "ege").scores.items():
         assert cells["ege", "one-shot", 0.5]["plan"][name] == sorted(scores.topk(4).indices.tolist())
-    for more, counts in (([], (0, 0)), (["--overwrite", "true"], (BATCHES, BATCHES))):
+    for more in ([], ["--overwrite", "true"]):  # cells are computed again then; the statistics are still those
         run.ok(
             "compare", *args, "--methods", "[egn]", "--ratios", "[0.5]", *grid[2:4], *more, "--out", tmp_path / "run"
         )
-        assert batches.counts == counts
+        assert batches.counts == (0, 0)
 
 
 def test_gradients_that_fail_leave_the_other_methods(

@@ -19,9 +19,9 @@ from lightning_moe.moe.merged_experts import Merge
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.similarity import similarity
 from lightning_moe.stats.store import load_stats
-from tests.helpers import reference
 from tests.helpers.checkpoint import Commands, contents, edited_copy, read
 from tests.helpers.families import NUM_EXPERTS
+from tests.helpers.reference import merging as reference
 
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")

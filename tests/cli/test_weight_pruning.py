@@ -148,24 +148,17 @@ def test_what_does_not_apply_is_printed_as_a_dash(run: Commands, pruned: Path, c
     assert re.search(r"data_fingerprint\W+ - ", said) and "None" not in said
 
 
-def test_overwriting_looks_at_the_text_again(
+def test_norms_in_the_folder_are_taken_for_this_model_and_text_alone(
     run: Commands, pruned: Path, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
-    """As scoring does: the norms in the folder are not taken for those of this model on this text."""
-    wrong = load_norms(pruned / "2:4-wanda" / "input_norms.safetensors")
-    wrong = replace(
-        wrong, norms={name: {stack: 0 * norm for stack, norm in one.items()} for name, one in wrong.norms.items()}
-    )
-    common = [*QUIET, "--model.path", checkpoint, *text_args(text)]
-    compare = ["compare", *common, "--methods", "[2:4-wanda]", "--ratios", "[0.5]", "--out", tmp_path / "compare"]
-    run.ok(*compare)
-    first = read(tmp_path / "compare" / "compare.json")["cells"][1]["perplexity"]
-    for folder, args in ((tmp_path / "compare", compare), (tmp_path / "prune", ["prune", *common])):
-        args += ["--method", "2:4-wanda", "--out", folder] if args[0] == "prune" else []
-        wrong.save(folder / "input_norms.safetensors")
+    """Under --overwrite too, which replaces results: a pass is known by model, text and precision."""
+    norms = load_norms(pruned / "2:4-wanda" / "input_norms.safetensors")
+    zeros = {name: {stack: 0 * norm for stack, norm in one.items()} for name, one in norms.norms.items()}
+    args = ["prune", *QUIET, "--model.path", checkpoint, *text_args(text), "--method", "2:4-wanda", "--out", tmp_path]
+    for fingerprint, taken in ((norms.data_fingerprint, True), ("another", False)):
+        replace(norms, norms=zeros, data_fingerprint=fingerprint).save(tmp_path / "input_norms.safetensors")
         run.ok(*args, "--overwrite")
-    assert read(tmp_path / "compare" / "compare.json")["cells"][1]["perplexity"] == first
-    assert same(weights(tmp_path / "prune"), weights(pruned / "2:4-wanda"))
+        assert same(weights(tmp_path), weights(pruned / "2:4-wanda")) is not taken
 
 
 def test_a_killed_pass_goes_on(

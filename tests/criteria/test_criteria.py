@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lightning_moe.cli.plugins import plugins
 from lightning_moe.criteria import criteria, get_criterion
@@ -22,10 +18,11 @@ from lightning_moe.criteria.registry import Direction, drop_order
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.pruning.scores import score_experts, write_scores
-from lightning_moe.stats.layer_stats import GRADIENTS, TENSORS, LayerStats
+from lightning_moe.stats.layer_stats import GRADIENTS, LayerStats
 from lightning_moe.stats.store import ModelStats
-from tests.helpers import reference
-from tests.helpers.reference import MEASURES, PAIR_MEASURES, RawLayer, SeenToken, Visit
+from tests.helpers.random_layers import ALL, WIDTH, assert_scores, permuted, random_layer, stats_of
+from tests.helpers.reference.criteria import MEASURES, PAIR_MEASURES, drop_turns, euf
+from tests.helpers.reference.raw_layers import SeenToken, Visit
 
 PAPER_DROPS: dict[str, Direction] = {
     "ews": "max",
@@ -54,69 +51,18 @@ PAPER_DROPS: dict[str, Direction] = {
 }
 """Which end goes first: the papers' tables, and our choice where they are silent (EWN, EAO, EGS, EGO, EGN)."""
 
-ALL = (*TENSORS, *GRADIENTS)
 EVERY = [criterion.name for criterion in criteria()]
 DIRECTIONS: tuple[Direction, Direction] = ("min", "max")
-WIDTH, VOCAB = 12, 30
 
 every_criterion = pytest.mark.parametrize("name", EVERY)
 every_measure = pytest.mark.parametrize("name", MEASURES)
 every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
-def random_layer(seed: int, num_experts: int = 6, num_tokens: int = 40, top_k: int = 2) -> RawLayer:
-    """A layer whose experts are used unevenly; outputs have a direction and a size of their own per expert."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    liked, centres, sizes = normal(num_experts) / 2, normal(num_experts, WIDTH), normal(num_experts).exp()
-    tokens = []
-    for _ in range(num_tokens):
-        probabilities = reference.softmax((liked + normal(num_experts)).tolist())
-        chosen = sorted(range(num_experts), key=lambda expert: -probabilities[expert])[:top_k]
-        token_id = int(torch.randint(0, VOCAB, (), generator=generator))
-        visits = []
-        for expert in chosen:
-            output = sizes[expert] * (centres[expert] + normal(WIDTH) ** 3)
-            visits.append(Visit(expert, probabilities[expert], output.float().tolist()))
-        tokens.append(SeenToken(token_id, probabilities, visits))
-    shared = normal(5, 7)
-    matrices = [[shared + normal(5, 7), normal(7, 5)] for _ in range(num_experts)]
-    rows = normal(num_experts, 9).tolist()
-    gradients = [
-        [size * (centre + normal(5, WIDTH) ** 3), size * normal(5, WIDTH) ** 5]
-        for size, centre in zip(sizes, centres, strict=True)
-    ]
-    return RawLayer(num_experts, VOCAB, tokens, rows, matrices, gradients)
-
-
-def stats_of(raw: RawLayer, index: int = 0) -> LayerStats:
-    values = reference.layer_stats(raw) | reference.weight_stats(raw) | reference.gradient_stats(raw)
-    tensors: dict[str, Any] = {
-        name: torch.tensor(values[name], dtype=torch.bool if name == "seen_EV" else torch.float64) for name in ALL
-    }
-    shape = LayerShape(f"model.layers.{index}.mlp", index, raw.num_experts, len(raw.tokens[0].visits))
-    return LayerStats(shape, **tensors)
-
-
 @cache
 def random_stats(seed: int) -> LayerStats:
     """Made once for all criteria; whoever changes them in place fails elsewhere."""
     return stats_of(random_layer(seed))
-
-
-def permuted(stats: LayerStats, order: Sequence[int]) -> LayerStats:
-    """The statistics if expert ``order[i]`` had been number ``i``."""
-    moved: dict[str, Any] = {}
-    for name in ALL:
-        value = getattr(stats, name)
-        if name.endswith("_EE"):
-            moved[name] = value[order][:, order]
-        elif "_E" in name:
-            moved[name] = value[order]
-    return replace(stats, **moved)
 
 
 def without_ties(stats: LayerStats, seed: int) -> LayerStats:
@@ -131,11 +77,6 @@ def without_ties(stats: LayerStats, seed: int) -> LayerStats:
         seen += [column_E] * shared
     count_E = torch.randperm(6, generator=generator).double() + 1
     return replace(stats, together_EE=together_EE, seen_EV=torch.stack(seen, dim=1), count_E=count_E)
-
-
-def assert_scores(found: Tensor, expected: Sequence[float]) -> None:
-    assert found.dtype == torch.float64 and found.shape == (len(expected),)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------- the reference
@@ -163,7 +104,7 @@ def test_measures_equal_the_reference(name: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_pair_criteria_equal_the_reference(name: str, direction: Direction, seed: int) -> None:
     raw = random_layer(seed)
-    turns = reference.drop_turns(PAIR_MEASURES[name](raw), reference.euf(raw), direction)
+    turns = drop_turns(PAIR_MEASURES[name](raw), euf(raw), direction)
     criterion = get_criterion(name)
     assert_scores(criterion.scores(stats_of(raw), direction), [turn / raw.num_experts for turn in turns])
     assert not criterion.comparable
@@ -297,7 +238,7 @@ def test_the_drop_order_is_the_loop_of_the_paper(direction: Direction, data: st.
     counts = data.draw(draw)
     pairs = upper + upper.T + torch.diag(torch.full((num_experts,), 9.0, dtype=torch.float64))
     found = drop_order(pairs, torch.tensor(counts, dtype=torch.float64), direction)
-    assert found.tolist() == reference.drop_turns(pairs.tolist(), counts, direction)
+    assert found.tolist() == drop_turns(pairs.tolist(), counts, direction)
     assert sorted(found.tolist()) == list(range(num_experts))
 
 
@@ -327,84 +268,6 @@ def test_random_is_reproducible_and_differs_between_layers() -> None:
 def test_random_knows_nothing_of_the_statistics() -> None:
     one, other = stats_of(random_layer(1)), stats_of(random_layer(2))
     assert torch.equal(get_criterion("random").scores(one), get_criterion("random").scores(other))
-
-
-# ------------------------------------------------------------------------------------------------ by hand
-
-
-def by_hand() -> LayerStats:
-    """Three tokens at a layer of 3 experts, top-2, width 2.
-
-    token  expert: weight, output
-    A      0: 0.6, (3, 4)     1: 0.2, (0, 2)
-    B      0: 0.5, (6, 8)     1: 0.5, (1, 0)
-    C      0: 0.3, (0, 5)     2: 0.1, (5, 12)
-
-    Gradients of their two neurons: 0: (3, 0), (5, 0); 1: (0, 1), (0, 3); 2: none.
-    """
-    tokens = [
-        SeenToken(1, [0.6, 0.2, 0.2], [Visit(0, 0.6, [3, 4]), Visit(1, 0.2, [0, 2])]),
-        SeenToken(2, [0.5, 0.5, 0.0], [Visit(0, 0.5, [6, 8]), Visit(1, 0.5, [1, 0])]),
-        SeenToken(1, [0.3, 0.6, 0.1], [Visit(0, 0.3, [0, 5]), Visit(2, 0.1, [5, 12])]),
-    ]
-    eye = torch.eye(2)
-    gradients = [
-        [torch.tensor([[3.0, 0.0], [5.0, 0.0]])],
-        [torch.tensor([[0.0, 1.0], [0.0, 3.0]])],
-        [torch.zeros(2, 2)],
-    ]
-    rows = [[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]
-    return stats_of(RawLayer(3, 4, tokens, rows, [[eye], [2 * eye], [eye]], gradients))
-
-
-HANDS: dict[str, list[float]] = {
-    # tokens routed: 0 gets A, B, C; 1 gets A, B; 2 gets C
-    "euf": [3, 2, 1],
-    # weights renormalised over the two experts of a token: A 3/4, 1/4; B 1/2, 1/2; C 3/4, 1/4
-    # expert 0: (3/4 * 5 + 1/2 * 10 + 3/4 * 5) / 3 = 12.5 / 3; expert 1: (1/4 * 2 + 1/2 * 1) / 2 = 1/2
-    # expert 2: 1/4 * 13 / 1
-    "reap": [12.5 / 3, 0.5, 3.25],
-    "reap-sum": [12.5, 1.0, 3.25],
-    # expert 0: dimension 0 holds 3, 6, 0 -> sqrt 45; dimension 1 holds 4, 8, 5 -> sqrt 105
-    # expert 1: 0, 1 -> 1; 2, 0 -> 2. expert 2: 5; 12
-    "ean": [math.sqrt(45) + math.sqrt(105), 3, 17],
-    # (5 + 10 + 5) / 3; (2 + 1) / 2; 13
-    "man": [20 / 3, 1.5, 13],
-    # (25 + 100 + 25) / 3; (4 + 1) / 2; 169
-    "msan": [50, 2.5, 169],
-    # of 4 token ids: 0 saw 1 and 2, 1 saw 1 and 2, 2 saw 1
-    "evc": [0.5, 0.5, 0.25],
-    # probabilities of routed tokens: .6 + .5 + .3; .2 + .5; .1
-    "seer": [1.4, 0.7, 0.1],
-    # of all tokens: (.6 + .5 + .3) / 3; (.2 + .5 + .6) / 3; (.2 + 0 + .1) / 3
-    "trimming": [1.4 / 3, 1.3 / 3, 0.1],
-    # mean unit vectors: 0: ((.6, .8) + (.6, .8) + (0, 1)) / 3 = (.4, 2.6 / 3); 1: ((0, 1) + (1, 0)) / 2 = (.5, .5)
-    # 2: (5, 12) / 13. Cosines 01: .2 + 1.3 / 3 = 1.9 / 3; 02: (2 + 31.2 / 3) / 13 = 12.4 / 13; 12: 8.5 / 13
-    # The most alike is dropped first, so the score is the negative sum.
-    "eas": [-(1.9 / 3 + 12.4 / 13), -(1.9 / 3 + 8.5 / 13), -20.9 / 13],
-    # rows (1, 0), (0, 2), (3, 4), and the largest is dropped first
-    "rwn": [-1, -2, -5],
-    # identities: 0 and 2 alike, 1 twice as large; all point the same way, each sum of cosines is 2
-    "ewn": [math.sqrt(2), math.sqrt(8), math.sqrt(2)],
-    "ews": [-2, -2, -2],
-    "wsr": [-2, -2, -2],
-    # gradients of 0 and 1 have no dimension in common, 2 has none
-    "egs": [0, 0, 0],
-    # std of 3 and 5 is 1, of 1 and 3 is 1, of what does not vary 1e-30
-    "ege": [math.log(1e-30), math.log(1e-30), 2 * math.log(1e-30)],
-    "egn": [math.sqrt(34), math.sqrt(10), 0],
-    # two entries are never 3 std apart
-    "ego": [0, 0, 0],
-    # shared tokens: 01: 2, 02: 1, 12: 0. Pair 01 goes first and loses 1 (2 < 3); then 02 loses 2 (1 < 3)
-    "ecc": [2 / 3, 0, 1 / 3],
-    # shared ids: 01: {1, 2}, 02: {1}, 12: {1}. Pair 01 loses 1, pair 02 loses 2
-    "ets": [2 / 3, 0, 1 / 3],
-}
-
-
-@pytest.mark.parametrize("name", HANDS)
-def test_numbers_worked_by_hand(name: str) -> None:
-    assert_scores(get_criterion(name).scores(by_hand()), HANDS[name])
 
 
 # ------------------------------------------------------------------------------------------------ by name

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from lightning_moe.moe.experts import IMPLEMENTATION, ExpertHooks, expert_hooks
 from lightning_moe.moe.layers import find_moe_layers
-from tests.helpers import reference
 from tests.helpers.families import NUM_EXPERTS, tiny_batch, tiny_model
 from tests.helpers.plans import uniform_plan
+from tests.helpers.reference import stock_experts as reference
 from tests.moe.pruned_models import every_family, logits_of, masked, pruned
 
 

@@ -13,9 +13,9 @@ from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.moe.layers import LayerShape, find_moe_layers
 from lightning_moe.moe.routing import record_routing
 from lightning_moe.moe.surgery import keep_experts
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, HIDDEN, NUM_EXPERTS, TOP_K, tiny_batch, tiny_model
 from tests.helpers.plans import fewest_plan
+from tests.helpers.reference import stock_experts as reference
 from tests.moe.pruned_models import assert_one_line, every_family
 
 MOE_LAYERS: dict[str, list[int]] = {

@@ -30,7 +30,7 @@ from lightning_moe.moe.routing import mask_plan
 from lightning_moe.moe.skip_tables import SkipTable, set_skipping
 from lightning_moe.moe.surgery import keep_experts
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
-from tests.helpers.reference import zeros_like
+from tests.helpers.reference.stock_experts import zeros_like
 from tests.helpers.thinning import thinned
 
 DEEP: dict[str, dict[str, Any]] = {

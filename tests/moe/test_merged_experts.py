@@ -19,9 +19,9 @@ from lightning_moe.moe.compaction import check_mergeable, compact_checkpoint
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.merged_experts import NO_MERGE, Merge, merged_tensor
 from lightning_moe.moe.surgery import keep_experts
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, tiny_batch, tiny_model
 from tests.helpers.plans import Keep, non_uniform_plan, some_merge, uniform_plan
+from tests.helpers.reference import merging as reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 NUM_FILES = 5

@@ -19,9 +19,9 @@ from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.merged_experts import Merge, merged_row
 from lightning_moe.moe.neuron_order import NeuronAxis, best_order
 from lightning_moe.moe.surgery import keep_experts
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.plans import Keep, non_uniform_plan, some_merge
+from tests.helpers.reference import stock_experts as reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

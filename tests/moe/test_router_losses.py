@@ -16,9 +16,10 @@ from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.router_losses import gate_entropy_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, mask_plan, record_routing
 from lightning_moe.moe.surgery import keep_experts
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.plans import non_uniform_plan
+from tests.helpers.reference import vectors as reference
+from tests.helpers.reference.router_losses import load_balance
 
 LOSSES = (load_balance_loss, router_z_loss, gate_entropy_loss)
 
@@ -38,7 +39,7 @@ def mean_loss(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tens
 def slow(routings: list[Routing], mask_T: Tensor | None = None) -> float:
     num_tokens = routings[0].logits_TE.shape[0]
     counted = [True] * num_tokens if mask_T is None else mask_T.bool().tolist()
-    return reference.load_balance([(r.logits_TE.tolist(), r.expert_ids_TK.tolist()) for r in routings], counted)
+    return load_balance([(r.logits_TE.tolist(), r.expert_ids_TK.tolist()) for r in routings], counted)
 
 
 @given(

@@ -22,8 +22,8 @@ from lightning_moe.moe.semi_structured import InputNorms, Pattern, Rule, largest
 from lightning_moe.moe.semi_structured_disk import check_prunable, zero_in_checkpoint
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.input_norms import InputSums
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.reference import stock_experts as reference
 from tests.helpers.sharded import same_weights
 
 FEW = ["mixtral", "gpt_oss", "granitemoe", "deepseek_v3"]

@@ -16,8 +16,8 @@ from lightning_moe.moe.experts import ExpertHooks, expert_hooks
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.skip_tables import SkipTable, count_only, reset_skipped, set_skipping, skipped, switch_skipping
 from lightning_moe.stats.observation import Observation
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
+from tests.helpers.reference import stock_experts as reference
 from tests.moe.pruned_models import logits_of
 from tests.moe.skip_thresholds import tables_of
 

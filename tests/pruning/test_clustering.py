@@ -14,9 +14,8 @@ from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.clustering import cluster_scores, join_all, merge_clusters
 from lightning_moe.stats.similarity import similarity
 from lightning_moe.stats.store import ModelStats
-from tests.criteria.test_criteria import permuted, random_layer, stats_of
-from tests.helpers import reference
-from tests.pruning.test_merging import likeness
+from tests.helpers.random_layers import likeness, permuted, random_layer, stats_of
+from tests.helpers.reference import merging as reference
 
 NUM_EXPERTS = 6
 

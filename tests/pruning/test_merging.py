@@ -8,21 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lightning_moe.pruning.budget import make_plan
 from lightning_moe.pruning.merging import merge_dominant, merge_groups, usage_weighted
 from lightning_moe.pruning.scores import score_experts
 from lightning_moe.stats.store import ModelStats
-from tests.criteria.test_criteria import random_layer, stats_of
-from tests.helpers import reference
+from tests.helpers.random_layers import likeness, random_layer, stats_of
+from tests.helpers.reference import merging as reference
 
 LAYER = "model.layers.0.mlp"
-
-
-def likeness(num_experts: int, seed: int) -> Tensor:
-    alike_EE = torch.rand(num_experts, num_experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ((alike_EE + alike_EE.T) / 2).fill_diagonal_(1.0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.helpers.reference import run_alone
+from tests.helpers.reference.stock_experts import run_alone
 
 
 def shares(alpha_E: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ from lightning_moe.pruning.budget import make_plan
 from lightning_moe.pruning.scores import ExpertScores
 from lightning_moe.search.diep import DiEPSearch
 from tests.helpers.families import tiny_model
-from tests.helpers.reference import watch
+from tests.helpers.reference.stock_experts import watch
 from tests.search.tiny_search import batches, fit, randomize, search_in, uneven_model
 
 

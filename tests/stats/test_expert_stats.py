@@ -1,86 +1,30 @@
-"""Statistics equal a slow reference, and are sums: over shards, over passes, over ranks."""
+"""Statistics equal a slow reference, and are sums: over shards and over ranks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from torch import Tensor
 
-from lightning_moe.errors import InputError
 from lightning_moe.moe.experts import Assignments
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.routing import Routing
 from lightning_moe.moe.surgery import keep_experts
-from lightning_moe.pruning.layer_drop import layer_scores
 from lightning_moe.stats.expert_stats import ExpertStats
-from lightning_moe.stats.layer_stats import TENSORS, LayerStats
-from lightning_moe.stats.observation import Observation
-from lightning_moe.stats.similarity import router_similarity
-from lightning_moe.stats.store import ModelStats, load_stats
-from lightning_moe.stats.weights import largest_singular_value, stable_rank, weight_stats
-from tests.helpers import reference
-from tests.helpers.families import FAMILIES, NUM_EXPERTS, VOCAB, tiny_batch, tiny_model
+from lightning_moe.stats.layer_stats import TENSORS
+from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
 from tests.helpers.forked_ranks import start_ranks
+from tests.helpers.observed_stats import FOUR, assert_field, observe, parts
 from tests.helpers.plans import fewest_plan, non_uniform_plan
 from tests.helpers.ranks import observe_share
-
-WEIGHT_FIELDS = ("router_norm_E", "weight_norm_E", "weight_cosine_EE", "stable_rank_E")
-TOKEN_FIELDS = tuple(name for name in TENSORS if name not in WEIGHT_FIELDS)
-COUNTS = ("tokens", "count_E", "together_EE", "seen_EV", "outliers_E")
-"""Whole numbers: no rounding excuses a difference."""
-
-FOUR = ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"]
-
-
-def parts(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
-    return [(layer.router, layer.experts) for layer in find_moe_layers(model)]
-
-
-def observe(
-    model: PreTrainedModel, batches: Iterable[Tensor | tuple[Tensor, Tensor]], into: Observation | None = None
-) -> list[LayerStats]:
-    observation = into or Observation(model)
-    with torch.no_grad(), observation.attached(model):
-        for batch in batches:
-            input_ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-            observation.next_batch(input_ids, mask)
-            model(input_ids, attention_mask=mask)
-    return observation.compute()
-
-
-def assert_field(name: str, found: Tensor, expected: Any, tolerance: float) -> None:
-    expected = torch.as_tensor(expected, dtype=found.dtype)
-    if name in COUNTS:
-        assert torch.equal(found, expected), f"{name}: {found} is not {expected}"
-        return
-    if name == "ratio_R":  # rounding may carry a token over the edge of its bin, no further
-        below, expected_below = found.cumsum(0), expected.cumsum(0)
-        assert below[-1] == expected_below[-1]
-        assert bool((below[1:] >= expected_below[:-1]).all() and (below[:-1] <= expected_below[1:]).all())
-        return
-    scale = max(float(expected.abs().max()), 1e-3)
-    torch.testing.assert_close(
-        found, expected, atol=tolerance * scale, rtol=tolerance, msg=lambda text: f"{name}: {text}"
-    )
-
-
-def assert_same(found: LayerStats, expected: LayerStats, tolerance: float = 1e-5) -> None:
-    assert found.shape == expected.shape
-    for name in TENSORS:
-        assert getattr(found, name).shape == getattr(expected, name).shape, name
-        assert_field(name, getattr(found, name), getattr(expected, name), tolerance)
-
+from tests.helpers.reference import statistics as reference
+from tests.helpers.reference.raw_layers import RawLayer, SeenToken, Visit, raw_layers
+from tests.helpers.reference.vectors import softmax
 
 # ----------------------------------------------------------------------------------------- the reference
 
@@ -90,7 +34,7 @@ def test_statistics_equal_the_reference(family: str) -> None:
     model = tiny_model(family)
     batch = tiny_batch(length=16 if family in FOUR else 8)
     model.set_experts_implementation("eager")
-    raws = reference.raw_layers(model, parts(model), batch)
+    raws = raw_layers(model, parts(model), batch)
     for found, raw in zip(observe(model, [batch]), raws, strict=True):
         assert found.tokens.dtype == torch.float64 and found.seen_EV.dtype == torch.bool
         expected = reference.layer_stats(raw) | reference.weight_stats(raw)
@@ -108,7 +52,7 @@ def test_statistics_of_a_pruned_model_equal_the_reference(family: str) -> None:
         keep_experts(model, plan(model))
         model.set_experts_implementation("eager")
         batch = tiny_batch(length=8)
-        for found, raw in zip(observe(model, [batch]), reference.raw_layers(model, parts(model), batch), strict=True):
+        for found, raw in zip(observe(model, [batch]), raw_layers(model, parts(model), batch), strict=True):
             expected = reference.layer_stats(raw) | reference.weight_stats(raw)
             for name in TENSORS:
                 assert_field(name, getattr(found, name), expected[name], 1e-5)
@@ -119,176 +63,11 @@ def test_a_single_expert_has_statistics() -> None:
     model = tiny_model("mixtral", num_experts_per_tok=1)
     keep_experts(model, {layer.name: [3] for layer in find_moe_layers(model)})
     (found, _) = observe(model, [tiny_batch(length=8)])
-    raw = reference.raw_layers(model, parts(model), tiny_batch(length=8))[0]
+    raw = raw_layers(model, parts(model), tiny_batch(length=8))[0]
     expected = reference.layer_stats(raw) | reference.weight_stats(raw)
     for name in TENSORS:
         assert getattr(found, name).shape == torch.as_tensor(expected[name]).shape, name
         assert_field(name, getattr(found, name), expected[name], 1e-5)
-
-
-# ------------------------------------------------------------------------------------------- invariances
-
-
-@pytest.mark.parametrize("family", FOUR)
-def test_padding_does_not_count(family: str) -> None:
-    model = tiny_model(family)
-    long, short = tiny_batch(batch=1, length=24, seed=1), tiny_batch(batch=1, length=13, seed=2)
-    padded = torch.cat([long, torch.cat([short, torch.full((1, 11), 5)], dim=1)])
-    mask = torch.ones_like(padded)
-    mask[1, 13:] = 0
-    alone, together = observe(model, [long, short]), observe(model, [(padded, mask)])
-    for found, expected in zip(together, alone, strict=True):
-        assert found.tokens == 24 + 13
-        assert_same(found, expected)
-
-
-def test_a_batch_of_padding_adds_nothing() -> None:
-    model, batch = tiny_model("mixtral"), tiny_batch()
-    observation = Observation(model)
-    (expected, _) = observe(model, [batch], observation)
-    (found, _) = observe(model, [(batch, torch.zeros_like(batch))], observation)
-    assert_same(found, expected, tolerance=0)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
-def test_permuting_experts_permutes_the_statistics(family: str) -> None:
-    model, batch = tiny_model(family), tiny_batch()
-    order = [5, 7, 4, 6, 2, 0, 3, 1]  # whole groups of four change places, as DeepSeek-V3 wants
-    expected = observe(model, [batch])
-    with torch.no_grad():
-        for router, experts in parts(model):
-            for name, tensor in [*router.named_parameters(), *router.named_buffers(), *experts.named_parameters()]:
-                if tensor.dim() and tensor.shape[0] == NUM_EXPERTS:
-                    tensor.copy_(tensor[order].clone())
-                else:
-                    raise AssertionError(f"{name} has no row per expert")
-    for found, before in zip(observe(model, [batch]), expected, strict=True):
-        moved = {}
-        for name in TENSORS:
-            value = getattr(before, name)
-            if name.endswith("_EE"):
-                value = value[order][:, order]
-            elif name not in ("tokens", "ratio_R", "layer_cosine", "block_cosine"):
-                value = value[order]
-            moved[name] = value
-        assert_same(found, LayerStats(before.shape, **moved))
-
-
-@pytest.mark.parametrize("family", FOUR)
-def test_two_passes_add_up_to_one(family: str) -> None:
-    """In one observation, in two whose sums are added, and in one that goes on from saved sums."""
-    model, batch = tiny_model(family), tiny_batch(batch=4)
-    whole = observe(model, [batch])
-    for found, expected in zip(observe(model, [batch[:1], batch[1:]]), whole, strict=True):
-        assert_same(found, expected)
-    first, second = Observation(model), Observation(model)
-    halves = observe(model, [batch[:1]], first), observe(model, [batch[1:]], second)
-    for one, other, expected in zip(*halves, whole, strict=True):
-        sums = {name: getattr(one, name) + getattr(other, name) for name in TOKEN_FIELDS}
-        assert_same(replace(one, **sums), expected)
-    second.load_sums({name: value.clone() for name, value in first.sums().items()})
-    for found, expected in zip(observe(model, [batch[1:]], second), whole, strict=True):
-        assert_same(found, expected)
-
-
-def test_statistics_are_values() -> None:
-    """What was computed does not change when the observation goes on."""
-    model, batch = tiny_model("mixtral"), tiny_batch()
-    observation = Observation(model)
-    (stats, _) = observe(model, [batch], observation)
-    before = {name: getattr(stats, name).clone() for name in TENSORS}
-    (twice, _) = observe(model, [batch], observation)
-    assert twice.tokens == 2 * before["tokens"]
-    for name in TENSORS:
-        assert torch.equal(getattr(stats, name), before[name]), name
-
-
-def test_saved_sums_are_values() -> None:
-    """Going on from saved sums does not change what was saved."""
-    model, batch = tiny_model("mixtral"), tiny_batch()
-    observation = Observation(model)
-    observe(model, [batch], observation)
-    saved = observation.sums()
-    before = {name: value.clone() for name, value in saved.items()}
-    resumed = Observation(model)
-    resumed.load_sums(saved)
-    observe(model, [batch], resumed)
-    for name, value in before.items():
-        assert torch.equal(saved[name], value), name
-
-
-def test_loaded_sums_are_what_is_computed() -> None:
-    """Also in an observation that was asked before."""
-    model, batch = tiny_model("mixtral"), tiny_batch()
-    observation = Observation(model)
-    (expected, _) = observe(model, [batch], observation)
-    other = Observation(model)
-    observe(model, [batch[:1]], other)
-    other.load_sums({name: value.clone() for name, value in observation.sums().items()})
-    assert_same(other.compute()[0], expected, tolerance=0)
-
-
-# ----------------------------------------------------------------------------------------------- a guest
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_observing_changes_nothing(family: str, implementation: str) -> None:
-    model, batch = tiny_model(family), tiny_batch()
-    model.set_experts_implementation(implementation)
-    with torch.no_grad():
-        expected = model(batch).logits
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    hooks = [len(module._forward_hooks) for module in model.modules()]
-    observation = Observation(model)
-    observation.next_batch(batch)
-    with torch.no_grad():
-        with observation.attached(model):
-            torch.testing.assert_close(model(batch).logits, expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(model(batch).logits, expected)
-    assert set(model.get_experts_implementation().values()) == {implementation}
-    assert hooks == [len(module._forward_hooks) for module in model.modules()]
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
-def test_observing_lets_gradients_be() -> None:
-    """A model may train while it is watched."""
-    model, batch = tiny_model("qwen2_moe"), tiny_batch()
-    gradients = []
-    for watched in (False, True):
-        model.zero_grad()
-        observation = Observation(model)
-        observation.next_batch(batch)
-        if watched:
-            with observation.attached(model):
-                model(batch, labels=batch).loss.backward()
-            assert observation.compute()[0].tokens == batch.numel()
-        else:
-            model(batch, labels=batch).loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_observing_ends_with_the_forward_that_fails() -> None:
-    model = tiny_model("mixtral")
-    with pytest.raises(RuntimeError, match="stop"), Observation(model).attached(model):
-        raise RuntimeError("stop")
-    assert set(model.get_experts_implementation().values()) == {"grouped_mm"}
-    assert not any(router._forward_hooks for router, _ in parts(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_can_be_observed(dtype: torch.dtype) -> None:
-    model, batch = tiny_model("mixtral"), tiny_batch()
-    expected = observe(model, [batch])
-    found = observe(model.to(dtype), [batch])
-    for layer, exact in zip(found, expected, strict=True):
-        assert layer.tokens == exact.tokens and layer.count_E.sum() == exact.count_E.sum()
-        assert all(bool(getattr(layer, name).isfinite().all()) for name in TENSORS)
-        if dtype == torch.float64:
-            assert_same(layer, exact)
 
 
 # --------------------------------------------------------------------------------------- raw shards, fast
@@ -357,11 +136,11 @@ def test_raw_sums_equal_the_reference(num_tokens: int, top_k: int, seed: int) ->
     stats = ExpertStats(5, 6, 20)
     update(stats, rows, 5)
     tokens = [
-        reference.SeenToken(
+        SeenToken(
             int(rows["token_ids"][t]),
-            reference.softmax(rows["logits"][t].tolist()),
+            softmax(rows["logits"][t].tolist()),
             [
-                reference.Visit(int(e), float(w), f.tolist())
+                Visit(int(e), float(w), f.tolist())
                 for e, w, f in zip(rows["ids"][t], rows["weights"][t], rows["outputs"][t], strict=True)
             ],
             logits=rows["logits"][t].tolist(),
@@ -369,7 +148,7 @@ def test_raw_sums_equal_the_reference(num_tokens: int, top_k: int, seed: int) ->
         for t in range(num_tokens)
         if rows["mask"][t]
     ]
-    for name, expected in reference.layer_stats(reference.RawLayer(5, 20, tokens)).items():
+    for name, expected in reference.layer_stats(RawLayer(5, 20, tokens)).items():
         assert_field(name, getattr(stats, name), expected, 1e-5)
 
 
@@ -426,172 +205,3 @@ def test_two_ranks_equal_one(shares: list[list[int]], tmp_path: Path) -> None:
         assert torch.equal(value, second[name]), name
         turn, _, field = name.partition(":")
         assert_field(field, value, getattr(expected[int(turn)], field), 1e-9)
-
-
-# ----------------------------------------------------------------------------------------------- weights
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weight_figures_equal_the_reference(family: str) -> None:
-    model = tiny_model(family)
-    for layer in find_moe_layers(model):
-        rows, _ = reference.router_rows(layer.router)
-        matrices = [reference.expert_matrices(layer.experts, expert) for expert in range(NUM_EXPERTS)]
-        expected = reference.weight_stats(reference.RawLayer(NUM_EXPERTS, VOCAB, [], rows, matrices))
-        found = weight_stats(layer)
-        assert found.keys() == expected.keys() == set(WEIGHT_FIELDS)
-        for name, value in found.items():
-            assert value.dtype == torch.float64
-            assert_field(name, value, expected[name], 2e-5)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("matrix", ["gate_up_proj", "down_proj"])
-def test_weights_that_are_not_finite_are_refused(value: float, matrix: str) -> None:
-    layer = find_moe_layers(tiny_model("mixtral"))[1]
-    with torch.no_grad():
-        getattr(layer.experts, matrix)[5, 3, 4] = value
-    with pytest.raises(InputError) as refusal:
-        weight_stats(layer)
-    assert "\n" not in str(refusal.value)
-    assert layer.name in str(refusal.value) and "[5]" in str(refusal.value)
-
-
-@settings(max_examples=60)
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 40),
-    rank=st.integers(0, 40),
-    scale=st.sampled_from([1e-6, 1e-3, 1.0, 1e3]),
-    seed=st.integers(0, 99),
-)
-def test_singular_values_equal_those_of_torch(rows: int, columns: int, rank: int, scale: float, seed: int) -> None:
-    """Of full rank, rank deficient, and zero."""
-    rank = min(rank, rows, columns)
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
-    right = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
-    matrix = (scale * left @ right).float()
-    values = torch.linalg.svdvals(matrix.double())
-    largest, expected_rank = float(values[0]), reference.stable_rank(matrix)
-    assert largest_singular_value(matrix) == pytest.approx(largest, rel=1e-5, abs=1e-30)
-    assert stable_rank(matrix) == pytest.approx(expected_rank, rel=2e-5)
-    assert expected_rank == 0 or 0.9999 <= stable_rank(matrix) <= rank * 1.0001
-
-
-@pytest.mark.parametrize("shape", [(300, 200), (96, 700)])
-def test_singular_values_of_larger_matrices(shape: tuple[int, int]) -> None:
-    """A random matrix has no gap below its largest value: the hardest case. Trained ones have."""
-    generator = torch.Generator().manual_seed(0)
-    flat = torch.randn(shape, generator=generator)
-    peaked = flat + 3 * torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
-    for matrix, tolerance in ((flat, 1e-5), (peaked, 1e-6)):
-        largest = float(torch.linalg.svdvals(matrix.double())[0])
-        assert largest_singular_value(matrix) == pytest.approx(largest, rel=tolerance)
-
-
-# ------------------------------------------------------------------------------------------------- store
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Path:
-    model = tiny_model("gpt_oss")
-    keep_experts(model, non_uniform_plan(model))
-    stats = ModelStats("tiny@0123", "data@4567", observe(model, [tiny_batch()]))
-    stats.save(tmp_path / "stats.safetensors")
-    return tmp_path / "stats.safetensors"
-
-
-def test_statistics_come_back_from_disk(tmp_path: Path) -> None:
-    model = tiny_model("deepseek_v3")
-    stats = ModelStats("tiny@0123", "data@4567", observe(model, [tiny_batch()]))
-    stats.save(tmp_path / "deep" / "stats.safetensors")
-    loaded = load_stats(tmp_path / "deep" / "stats.safetensors")
-    assert (loaded.model_id, loaded.data_fingerprint) == ("tiny@0123", "data@4567")
-    for found, expected in zip(loaded.layers, stats.layers, strict=True):
-        assert found.shape == expected.shape
-        for name in TENSORS:
-            assert torch.equal(getattr(found, name), getattr(expected, name)), name
-            assert getattr(found, name).dtype == getattr(expected, name).dtype, name
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["stats.safetensors"]
-
-
-def rewrite(file: Path, **changes: str | None) -> None:
-    """Change entries of a safetensors file's metadata; None takes one out."""
-    with safe_open(file, "pt") as stored:
-        metadata = dict(stored.metadata())
-    for name, value in changes.items():
-        metadata.pop(name)
-        if value is not None:
-            metadata[name] = value
-    save_file(load_file(file), file, metadata=metadata)
-
-
-def refusal_of(file: Path) -> str:
-    with pytest.raises(InputError) as refusal:
-        load_stats(file)
-    message = str(refusal.value)
-    assert "\n" not in message and str(file) in message
-    return message
-
-
-def test_missing_statistics_are_refused(tmp_path: Path) -> None:
-    assert "no such file" in refusal_of(tmp_path / "stats.safetensors")
-
-
-@pytest.mark.parametrize("version", ["2", "3"])
-def test_an_older_version_is_read_and_lacks_what_it_did_not_have(version: str, stored: Path) -> None:
-    whole = load_stats(stored)
-    lacking = ("cosine", "logit_products_EE") if version == "2" else ("cosine",)
-    tensors = {name: tensor for name, tensor in load_file(stored).items() if not name.endswith(lacking)}
-    with safe_open(stored, "pt") as file:
-        metadata = dict(file.metadata())
-    save_file(tensors, stored, metadata=metadata | {"version": version})
-    older = load_stats(stored)
-    for layer, expected in zip(older.layers, whole.layers, strict=True):
-        assert all(getattr(layer, name).shape == getattr(expected, name).shape for name in TENSORS)
-        assert all(torch.equal(getattr(layer, name), getattr(expected, name)) for name in ("count_E", "hsic_EE"))
-        if version == "2":
-            with pytest.raises(InputError, match="older version"):
-                router_similarity(layer)
-    for drops in ("layers", "blocks"):
-        with pytest.raises(InputError, match="older version"):
-            layer_scores(older, "layer-drop", drops)
-    rewrite(stored, version="4")
-    refusal_of(stored)
-
-
-def test_a_newer_version_is_refused_with_its_number(stored: Path) -> None:
-    rewrite(stored, version="7")
-    assert "version 7" in refusal_of(stored)
-
-
-@pytest.mark.parametrize("name", ["version", "model_id", "data_fingerprint", "layers"])
-def test_statistics_without_their_origin_are_refused(name: str, stored: Path) -> None:
-    rewrite(stored, **{name: None})
-    refusal_of(stored)
-
-
-@pytest.mark.parametrize("layers", ["", "[]x", '[{"name": "a"}]', '[{"colour": 1}]', "3"])
-def test_statistics_with_other_layers_are_refused(layers: str, stored: Path) -> None:
-    rewrite(stored, layers=layers)
-    refusal_of(stored)
-
-
-def test_statistics_without_a_tensor_are_refused(stored: Path) -> None:
-    with safe_open(stored, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(stored)
-    tensors.pop(next(name for name in tensors if name.endswith("count_E")))
-    save_file(tensors, stored, metadata=metadata)
-    refusal_of(stored)
-
-
-def test_foreign_files_are_refused(stored: Path, tmp_path: Path) -> None:
-    whole = stored.read_bytes()
-    foreign = {"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2], "json": json.dumps({}).encode()}
-    for name, content in foreign.items():
-        (tmp_path / name).write_bytes(content)
-        refusal_of(tmp_path / name)
-    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    assert "version" in refusal_of(tmp_path / "model.safetensors")

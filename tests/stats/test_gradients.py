@@ -28,9 +28,9 @@ from lightning_moe.stats.gradients import GradientSums, chunks_of, layer_chunks,
 from lightning_moe.stats.layer_stats import GRADIENTS, LayerStats
 from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.store import ModelStats, load_stats
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, NUM_EXPERTS, tiny_batch, tiny_model
 from tests.helpers.plans import non_uniform_plan
+from tests.helpers.reference import gradients as reference
 from tests.helpers.sharded import on_ranks, written
 
 Figures = dict[str, dict[str, Tensor]]

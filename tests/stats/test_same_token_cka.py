@@ -15,8 +15,8 @@ from lightning_moe.report.findings import inter_layer
 from lightning_moe.report.findings_figure import inter_layer_figure
 from lightning_moe.stats import same_token_cka
 from lightning_moe.stats.same_token_cka import SameTokenCKA, check_sample
-from tests.helpers import reference
 from tests.helpers.families import FAMILIES, HIDDEN, tiny_batch, tiny_model
+from tests.helpers.reference import similarity as reference
 from tests.helpers.thinning import thinned
 
 LENGTHS = [12, 12, 5, 2]

@@ -18,8 +18,10 @@ from lightning_moe.stats.layer_stats import LayerStats
 from lightning_moe.stats.minibatch_cka import Kernel, pair_hsic
 from lightning_moe.stats.observation import Observation
 from lightning_moe.stats.similarity import gamma1, gamma2, similarity, skip_tables
-from tests.helpers import reference
 from tests.helpers.families import tiny_batch, tiny_model
+from tests.helpers.reference import similarity as reference
+from tests.helpers.reference.raw_layers import RawLayer, SeenToken, Visit
+from tests.helpers.reference.stock_experts import watch
 
 WIDTH = 6
 
@@ -104,13 +106,11 @@ def test_sums_equal_the_reference_whatever_the_chunks(seed: int, top_k: int, len
     sequence_T = torch.arange(num_tokens) // length
     mask_T = torch.arange(num_tokens) % length < 1 + seed % 40
     tokens = [
-        reference.SeenToken(
-            0, [], [reference.Visit(e, 1.0, outputs[t, e].tolist()) for e in ids[t].tolist()], int(sequence_T[t])
-        )
+        SeenToken(0, [], [Visit(e, 1.0, outputs[t, e].tolist()) for e in ids[t].tolist()], int(sequence_T[t]))
         for t in range(num_tokens)
         if mask_T[t]
     ]
-    expected = reference.skipping_stats(reference.RawLayer(5, 1, tokens))
+    expected = reference.skipping_stats(RawLayer(5, 1, tokens))
     for values in (1, 1 << 24):
         whole = minibatch_cka.CHUNK_VALUES
         minibatch_cka.CHUNK_VALUES = values
@@ -167,7 +167,7 @@ def observed(family: str = "mixtral", layer: int = 0) -> LayerStats:
 def test_gamma1_is_the_median_ratio(family: str) -> None:
     model = tiny_model(family)
     layers = find_moe_layers(model)
-    calls = reference.watch(model, [(layer.router, layer.experts) for layer in layers], input_ids=tiny_batch(batch=8))
+    calls = watch(model, [(layer.router, layer.experts) for layer in layers], input_ids=tiny_batch(batch=8))
     for turn, call in enumerate(calls):
         ratios = [min(pair) / max(pair) for pair in call.weights_TK.tolist()]
         found, bin_width = gamma1(observed(family, turn)), 1 / 4096
