@@ -10,12 +10,7 @@ import pytest
 from lightning_moe.cli.main import main
 from tests.cli.strategies.grid_runs import ALL, Strategies, on
 from tests.helpers.blank_figures import blank_figures
-from tests.helpers.checkpoint import Commands, documents, write_text
-
-
-@pytest.fixture(scope="session")
-def val_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("val_text") / "letters.txt", documents(20, start=500))
+from tests.helpers.checkpoint import Commands
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +18,7 @@ def finished(checkpoint: Path, text: Path, val_text: Path, tmp_path_factory: pyt
     """The whole grid, unbroken; read it, and copy it to write."""
     out = tmp_path_factory.mktemp("strategies") / "run"
     with blank_figures():
-        main(["compare", *on(checkpoint, text, val_text), *map(str, ALL), "--out", str(out)])
+        main(["compare", *on(checkpoint, text, val_text / "letters.txt"), *map(str, ALL), "--out", str(out)])
     return out
 
 
@@ -31,7 +26,7 @@ def finished(checkpoint: Path, text: Path, val_text: Path, tmp_path_factory: pyt
 def strategies(
     run: Commands, checkpoint: Path, text: Path, val_text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Strategies:
-    return Strategies(run, on(checkpoint, text, val_text), monkeypatch, tmp_path / "run")
+    return Strategies(run, on(checkpoint, text, val_text / "letters.txt"), monkeypatch, tmp_path / "run")
 
 
 @pytest.fixture
