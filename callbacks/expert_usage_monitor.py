@@ -101,7 +101,7 @@ class ExpertUsageMonitor(Callback):
         self._training.paused = True
         if self._training.stale or trainer.global_step >= self._last + self.every_n_steps:
             self._last = trainer.global_step
-            self._announce(pl_module, self._look(trainer, self._training, "train"))
+            self._look(trainer, self._training, "train", pl_module)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -133,26 +133,30 @@ class ExpertUsageMonitor(Callback):
         self._loop.close()
         assert self._validating is not None
         if not trainer.sanity_checking:
-            self._announce(pl_module, self._look(trainer, self._validating, "val"))
+            self._look(trainer, self._validating, "val", pl_module)
 
-    def _look(self, trainer: Trainer, counts: RouterCounts, kind: str) -> dict[str, float]:
+    def _look(
+        self, trainer: Trainer, counts: RouterCounts, kind: str, pl_module: LightningModule | None = None
+    ) -> None:
+        """Other callbacks can monitor the figures where ``pl_module``, which not all hooks let log, is given."""
         taken = counts.take(lambda count_E: trainer.strategy.reduce(count_E, reduce_op="sum"))
         self.looks.append((kind, trainer.global_step, taken))
         prefix = "expert_usage" if kind == "train" else "expert_usage_val"
         figures = {f"{prefix}/{name}": value for name, value in mean_load(taken).items()}
         for layer, count_E in taken.items():
             figures |= {f"{prefix}/{layer}/{name}": value for name, value in load_figures(count_E).items()}
+        if pl_module is not None:
+            pl_module.log_dict(figures, logger=False, rank_zero_only=True)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
-        return figures
-
-    def _announce(self, pl_module: LightningModule, figures: dict[str, float]) -> None:
-        """Let other callbacks monitor a look's figures; not all hooks may."""
-        pl_module.log_dict(figures, logger=False, rank_zero_only=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_window(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_train_end: a fit that was killed before it and goes on with no step left has none.
         if not trainer.is_global_zero or not self.looks:
             return
         from lightning_moe.callbacks.usage_panels import load_before_and_after  # matplotlib, only once it is needed
