@@ -26,10 +26,11 @@ class ExpertUsageMonitor(Callback):
     """Log the skew of every layer's load under ``expert_usage/<layer>/...``, and of all under ``expert_usage/...``.
 
     While the model trains, the load is that of the tokens since the last look; a validation loop, which is one look
-    as a whole, logs it under ``expert_usage_val/...``. See ``stats.usage.load_figures`` for the figures. When a fit
-    ends, the first and the last look at the same kind of text (validation, if there was any) are drawn beside each
-    other, expert by expert (MC-Suite, Fig. 6): to every logger that takes figures, and to ``folder`` as
-    ``expert_usage.png`` with all looks in ``expert_usage.csv``. Padding is what a batch's ``attention_mask`` says.
+    as a whole, logs it under ``expert_usage_val/...``. Where experts are dropped (``ExpertPruning``) is a look too, at
+    the experts before; the next window begins with those that are left. See ``stats.usage.load_figures`` for the
+    figures. When a fit ends, the first and the last look at the same kind of text (validation, if there was any) are
+    drawn beside each other, expert by expert (MC-Suite, Fig. 6): to every logger that takes figures, and to ``folder``
+    as ``expert_usage.png`` with all looks in ``expert_usage.csv``. Padding is what a batch's ``attention_mask`` says.
     After a resume the first look is at the tokens since the resume alone.
 
     Args:
@@ -80,6 +81,7 @@ class ExpertUsageMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._training is not None
+        self._end_window(trainer)
         self._training.paused = False
         self._training.next_batch(batch_mask(batch))
 
@@ -97,12 +99,25 @@ class ExpertUsageMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         assert self._training is not None
         self._training.paused = True
-        if trainer.global_step >= self._last + self.every_n_steps:
+        if self._training.stale or trainer.global_step >= self._last + self.every_n_steps:
             self._last = trainer.global_step
-            self._look(trainer, pl_module, self._training, "train")
+            self._look(trainer, self._training, "train", pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A fit that goes on counts anew: what was counted before a cut in this step is looked at now."""
+        self._end_window(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def _end_window(self, trainer: Trainer) -> None:
+        """Look at what was counted before experts were dropped, at whichever moment comes first after that."""
+        if self._training is not None and self._training.stale:
+            self._last = trainer.global_step
+            self._look(trainer, self._training, "train")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_window(trainer)
         self._validating = RouterCounts(hugging_face_model(pl_module, "ExpertUsageMonitor"))
         self._loop.enter_context(self._validating.attached())
 
@@ -118,21 +133,30 @@ class ExpertUsageMonitor(Callback):
         self._loop.close()
         assert self._validating is not None
         if not trainer.sanity_checking:
-            self._look(trainer, pl_module, self._validating, "val")
+            self._look(trainer, self._validating, "val", pl_module)
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule, counts: RouterCounts, kind: str) -> None:
+    def _look(
+        self, trainer: Trainer, counts: RouterCounts, kind: str, pl_module: LightningModule | None = None
+    ) -> None:
+        """Other callbacks can monitor the figures where ``pl_module``, which not all hooks let log, is given."""
         taken = counts.take(lambda count_E: trainer.strategy.reduce(count_E, reduce_op="sum"))
         self.looks.append((kind, trainer.global_step, taken))
         prefix = "expert_usage" if kind == "train" else "expert_usage_val"
         figures = {f"{prefix}/{name}": value for name, value in mean_load(taken).items()}
         for layer, count_E in taken.items():
             figures |= {f"{prefix}/{layer}/{name}": value for name, value in load_figures(count_E).items()}
-        pl_module.log_dict(figures, logger=False, rank_zero_only=True)
+        if pl_module is not None:
+            pl_module.log_dict(figures, logger=False, rank_zero_only=True)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_window(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_train_end: a fit that was killed before it and goes on with no step left has none.
         if not trainer.is_global_zero or not self.looks:
             return
         from lightning_moe.callbacks.usage_panels import load_before_and_after  # matplotlib, only once it is needed
@@ -160,6 +184,7 @@ class ExpertUsageMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._context.close()
         self._loop.close()
+        self._training = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_moe.errors import InputError
+from lightning_moe.files import clear_partial, remove, write_json
 from lightning_moe.moe.checkpoints import load_tokenizer
 from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import hugging_face_model
 
 SUFFIX = "-hf"
 """What the folder beside ``NAME.ckpt`` is called more than ``NAME``."""
+RECORD = "of_checkpoint.json"
+"""In such a folder: the checkpoint that it is of."""
+EDGE = 2**20
+"""Bytes at either end of a checkpoint's files that tell it from others."""
 
 
 class HFCheckpoint(Callback):
@@ -24,6 +33,10 @@ class HFCheckpoint(Callback):
 
     Beside each checkpoint ``NAME.ckpt`` that Lightning writes, ``NAME-hf`` holds the model of that moment, and goes
     when the checkpoint goes.
+
+    A kill may come between a checkpoint and its export. The fit that goes on from one of its own checkpoints makes that
+    one's export if it is missing or of other weights, removes the exports of others that hold other weights or whose
+    checkpoint is gone, and warns of checkpoints without one.
 
     Args:
         folder: Where the model goes when a fit ends, besides; replaced as a whole by each export.
@@ -47,6 +60,7 @@ class HFCheckpoint(Callback):
             raise InputError("HFCheckpoint: nothing to export: give a folder, or leave out beside_checkpoints.")
         self._saved: list[int | None] = []
         self._known: dict[Path, int] = {}
+        self._settled = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -56,17 +70,7 @@ class HFCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hugging_face_model(pl_module, "HFCheckpoint")  # likewise
-        self._known = self._checkpoints(trainer)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A checkpoint that a killed fit had no time to export is exported when the next one goes on from it."""
-        begun = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
-        ours = {file.resolve() for file in self._known}
-        missing = begun in ours and begun is not None and not _beside(begun).is_dir()
-        if self.beside_checkpoints and trainer.strategy.broadcast(missing):
-            assert begun is not None
-            self._export(pl_module, _beside(begun))
+        self._known, self._saved, self._settled = self._checkpoints(trainer), [], False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -95,13 +99,45 @@ class HFCheckpoint(Callback):
             return
         self._saved = saved
         found = self._checkpoints(trainer)
-        for file, written in found.items():
-            if self._known.get(file) != written:
-                self._export(pl_module, _beside(file))
+        due = [file for file, written in found.items() if self._known.get(file) != written]
+        if not self._settled:
+            # Not in on_train_start: there is none where no step is left, and other callbacks restore the model in it.
+            self._settled = True
+            due += trainer.strategy.broadcast(self._settle(trainer, found, due) if trainer.is_global_zero else [])
+        for file in due:
+            self._export(pl_module, _beside(file))
+            if trainer.is_global_zero:
+                write_json(_beside(file) / RECORD, _record(file))
         if trainer.is_global_zero:
             for file in self._known.keys() - found.keys():
-                shutil.rmtree(_beside(file), ignore_errors=True)
+                _discard(_beside(file))
         self._known = found
+
+    def _settle(self, trainer: Trainer, found: Collection[Path], due: Collection[Path]) -> list[Path]:
+        """See to what a kill left, on rank 0, and say which checkpoints get their export from the model in memory."""
+        begun = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
+        own = [file for file in found if file.resolve() == begun]
+        if not own:
+            return []
+        missing = []
+        for file in found:
+            export = _beside(file)
+            clear_partial(export)
+            if file not in own and file not in due:
+                if (export / RECORD).exists() and not _is_exported(file):
+                    _discard(export)
+                if not export.exists():
+                    missing.append(file.name)
+        for export in {export for folder in _folders(trainer) for export in folder.rglob(f"*{SUFFIX}")}:
+            file = export.with_name(export.name.removesuffix(SUFFIX) + ".ckpt")
+            if not file.exists() and _read_record(export).get("checkpoint") == file.name:
+                _discard(export)
+        if missing:
+            rank_zero_warn(
+                f"HFCheckpoint: no export of {', '.join(missing)}, whose model is not in memory; a fit that goes on "
+                "from such a checkpoint makes its export."
+            )
+        return [file for file in own if file not in due and not _is_exported(file)]
 
     def _export(self, pl_module: LightningModule, folder: Path) -> None:
         export_model(hugging_face_model(pl_module, "HFCheckpoint"), folder, self.tokenizer, self.dtype)
@@ -113,11 +149,58 @@ class HFCheckpoint(Callback):
         """
         found: dict[Path, int] = {}
         if trainer.is_global_zero:
-            folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
-            files = sorted(file for folder in folders if folder for file in Path(folder).rglob("*.ckpt"))
+            files = sorted({file for folder in _folders(trainer) for file in folder.rglob("*.ckpt")})
             found = {file: file.stat().st_mtime_ns for file in files}
         return trainer.strategy.broadcast(found)
 
 
 def _beside(file: Path) -> Path:
     return file.with_name(file.stem + SUFFIX)
+
+
+def _folders(trainer: Trainer) -> set[Path]:
+    found = (getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
+    return {Path(folder) for folder in found if folder}
+
+
+def _record(file: Path) -> dict[str, Any]:
+    return {"checkpoint": file.name, "identity": checkpoint_identity(file)}
+
+
+def _read_record(export: Path) -> dict[str, Any]:
+    """Empty where there is no record, as in a folder that somebody else made."""
+    with suppress(OSError, ValueError):
+        record: Any = json.loads((export / RECORD).read_text())
+        return record if isinstance(record, dict) else {}
+    return {}
+
+
+def _is_exported(file: Path) -> bool:
+    return _read_record(_beside(file)) == _record(file)
+
+
+def _discard(export: Path) -> None:
+    """Remove an export, its record last: what a kill leaves of it is still known as ours."""
+    if export.is_symlink():
+        return  # we make none
+    for entry in export.glob("*"):
+        if entry.name != RECORD:
+            remove(entry)
+    remove(export)
+
+
+def checkpoint_identity(checkpoint: Path) -> str:
+    """The same for a copy, another for other weights, of a file or a folder, without reading gigabytes.
+
+    A file that torch wrote begins with the step and all that is no tensor, and ends with a checksum of each tensor.
+    """
+    digest = sha256()
+    for file in sorted(checkpoint.rglob("*")) if checkpoint.is_dir() else [checkpoint]:
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(checkpoint)} {size}\n".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(EDGE))
+                stream.seek(max(size - EDGE, 0))
+                digest.update(stream.read())
+    return digest.hexdigest()

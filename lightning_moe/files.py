@@ -35,9 +35,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     See ``put_in_place`` for what a kill leaves; the next call puts it back first.
     """
     with _made_parents(target):
-        beside = target.with_name(f".{target.name}.partial")
-        put_back(target)
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = clear_partial(target)
         beside.mkdir()
         try:
             yield beside
@@ -67,6 +65,14 @@ def put_back(target: Path) -> None:
     if _old(target).exists() and not target.exists():
         _old(target).rename(target)
     remove(_old(target))
+
+
+def clear_partial(target: Path) -> Path:
+    """Remove what a killed ``replaced_folder`` left, and say where the next one writes."""
+    beside = target.with_name(f".{target.name}.partial")
+    put_back(target)
+    remove(beside)
+    return beside
 
 
 def _share(file: Path) -> None:

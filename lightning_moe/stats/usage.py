@@ -62,19 +62,38 @@ class RouterCounts:
     """Tokens that each router gives each of its experts, summed while a model runs.
 
     Say what comes with ``next_batch``; padding is not counted. ``paused`` stops counting, as for a backward pass in
-    which layers run again.
+    which layers run again. Counts of before and after experts are dropped do not go together: ``take`` them when
+    ``stale`` says so, or the next batch starts anew. It makes no difference whether weights are cut or masked.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers = find_moe_layers(model)
         self.counts: dict[str, Tensor] = {}
-        """Per layer ``(E,)`` float64, on the layer's device; a layer whose ``E`` changes starts anew."""
+        """Per layer ``(E,)`` float64, on the layer's device, with those that are masked out."""
         self.paused = False
         self._mask_T: Tensor | None = None
+        self._left: list[Sequence[int]] | None = None
+        """Of each layer the experts that are counted; None before the first batch."""
+
+    @property
+    def stale(self) -> bool:
+        """Whether layers have lost experts since counting began; the same on all ranks."""
+        return self._left is not None and self._left != self._left_now()
+
+    def _left_now(self) -> list[Sequence[int]]:
+        return [
+            range(layer.num_experts) if layer.kept is None or len(layer.kept) == layer.num_experts else layer.kept
+            for layer in self.layers
+        ]
 
     def next_batch(self, mask: Tensor | None) -> None:
         """``mask``, of any shape, is 0 at padding; None when nothing is padded."""
         self._mask_T = None if mask is None else mask.flatten()
+        if self._left is None or self.stale:
+            self._start()
+
+    def _start(self) -> None:
+        self.counts, self._left = {}, self._left_now()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -95,7 +114,10 @@ class RouterCounts:
         if mask_T is not None:
             ones_TK *= mask_T.to(ones_TK)[:, None]
         count_E = self.counts.get(layer.name)
-        if count_E is None or count_E.shape[0] != layer.num_experts:
+        if self._left is None or (count_E is not None and count_E.shape[0] != layer.num_experts):
+            self._start()
+            count_E = None
+        if count_E is None:
             count_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=ids_TK.device)
         # index_add waits for no device, as bincount would.
         self.counts[layer.name] = count_E.index_add(0, ids_TK.flatten(), ones_TK.flatten())
@@ -103,12 +125,13 @@ class RouterCounts:
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
         """The counts of all layers in the order of depth, summed over ranks by ``reduce``; counting starts anew.
 
-        Every rank must call it; a layer that saw nothing counts zeros. Experts that are masked out are left out.
+        Every rank must call it; a layer that saw nothing counts zeros. Experts that were masked out are left out.
         """
         taken = {}
-        for layer in self.layers:
-            zeros_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=layer.router_weight.device)
+        for layer, left in zip(self.layers, self._left or self._left_now(), strict=True):
+            size = max(layer.num_experts, len(left))  # of a layer that is cut since: as it was
+            zeros_E = torch.zeros(size, dtype=torch.float64, device=layer.router_weight.device)
             count_E = reduce(self.counts.get(layer.name, zeros_E)).tolist()
-            taken[layer.name] = count_E if layer.kept is None else [count_E[i] for i in layer.kept]
-        self.counts = {}
+            taken[layer.name] = [count_E[i] for i in left]
+        self.counts, self._left = {}, None
         return taken

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -56,6 +59,17 @@ def test_nothing_is_written_without_a_folder_or_a_look(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- resuming
 
 
+class ImageLogger(DummyLogger):
+    """Takes pictures, as that of Weights & Biases does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[tuple[str, int]] = []
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        self.pictures.append((key, step))
+
+
 def one_batch_again_and_again() -> DataLoader[dict[str, Tensor]]:
     """A plain loader starts from its first batch when a fit goes on in the middle of an epoch."""
     windows = Windows(masked=True, seed=0)
@@ -88,6 +102,26 @@ def test_a_resumed_fit_has_the_looks_of_one_run(tmp_path: Path, every: int) -> N
     files = sorted(file.name for file in (tmp_path / "whole").iterdir())
     assert files == ["expert_usage.csv", "expert_usage.png"]
     for file in files:
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_killed_between_the_last_checkpoint_and_the_end(tmp_path: Path) -> None:
+    """With no step left Lightning starts no training; the files are written and the logger is told all the same."""
+
+    class Ends(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            if trainer.global_step == STEPS:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    whole = ExpertUsageMonitor(tmp_path / "whole", 2)
+    trainer(tmp_path, whole, Ends(), max_steps=STEPS).fit(Foreign(training_model()), loader())
+    second, told = ExpertUsageMonitor(tmp_path / "parts", 2), ImageLogger()
+    run = trainer(tmp_path, second, max_steps=STEPS, logger=told)
+    module = Foreign(training_model())
+    run.fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert module.batches == []
+    assert told.pictures == [("expert_usage/before_and_after", STEPS)]
+    for file in ("expert_usage.csv", "expert_usage.png"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 

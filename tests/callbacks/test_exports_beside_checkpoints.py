@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,49 +17,10 @@ from transformers import AutoModelForCausalLM
 from lightning_moe.callbacks.expert_pruning import ExpertPruning
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
 from lightning_moe.moe.layers import find_moe_layers
-from tests.callbacks.foreign_fit import Foreign, Killed, fit, loader, logits, small_model
+from tests.callbacks.export_fit import assert_beside, fit_saving, saved_weights
+from tests.callbacks.foreign_fit import logits
 from tests.helpers.checkpoint import save_tokenizer
 from tests.helpers.families import tiny_batch
-
-
-class Validated(Foreign):
-    """Logs its loss, and validates."""
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val", float(self.current_epoch))
-
-
-def fit_saving(folder: Path, *callbacks: Any, module: Any = None, batches: int = 4, **kwargs: Any) -> Any:
-    """Four batches an epoch, two validated after each."""
-    module = Validated(small_model()) if module is None else module
-    fit(module, folder, *callbacks, data=loader(batches), val=loader(2), enable_checkpointing=True, **kwargs)
-    return module
-
-
-def saved_weights(file: Path) -> dict[str, Tensor]:
-    """What Lightning's checkpoint holds of the model."""
-    prefix = "wrapped.inner.0."
-    state = torch.load(file, weights_only=False)["state_dict"]
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def assert_beside(folder: Path, *names: str) -> None:
-    """These checkpoints, and beside each an export with exactly its weights; nothing else."""
-    assert sorted(file.stem for file in folder.rglob("*.ckpt")) == sorted(names)
-    assert sorted(export.name for export in folder.rglob("*-hf")) == sorted(f"{name}-hf" for name in names)
-    assert len(list(folder.rglob(".*"))) == 0
-    for file in folder.rglob("*.ckpt"):
-        expected = saved_weights(file)
-        found = AutoModelForCausalLM.from_pretrained(file.with_name(f"{file.stem}-hf")).state_dict()
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (file.name, name)
-
 
 MOMENTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "each step": ({"every_n_train_steps": 1, "save_top_k": -1}, ["step=1", "step=2", "step=3", "step=4"]),
@@ -144,22 +104,6 @@ def test_both(tmp_path: Path) -> None:
         assert (folder / "tokenizer.json").exists()
 
 
-def test_a_killed_fit_goes_on_exporting(tmp_path: Path) -> None:
-    """What an earlier run has written is left as it is, and goes with its checkpoint all the same."""
-
-    def saving() -> ModelCheckpoint:
-        return ModelCheckpoint(tmp_path / "saved", "{epoch}", monitor="val", mode="max", save_top_k=2, save_last=True)
-
-    first = Validated(small_model(), kill_at=5)
-    with pytest.raises(Killed):
-        fit_saving(tmp_path, HFCheckpoint(), saving(), module=first, max_epochs=4, batches=2)
-    assert_beside(tmp_path / "saved", "epoch=0", "epoch=1", "last")
-    written = (tmp_path / "saved" / "epoch=1-hf" / "model.safetensors").stat().st_mtime_ns
-    fit_saving(tmp_path, HFCheckpoint(), saving(), max_epochs=3, batches=2, ckpt_path=tmp_path / "saved" / "last.ckpt")
-    assert (tmp_path / "saved" / "epoch=1-hf" / "model.safetensors").stat().st_mtime_ns == written
-    assert_beside(tmp_path / "saved", "epoch=1", "epoch=2", "last")
-
-
 def test_an_older_checkpoint_gets_no_foreign_weights(tmp_path: Path) -> None:
     """One without an export, as a kill may leave it: what lies beside it later, if anything, is its own weights."""
     saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
@@ -171,34 +115,6 @@ def test_an_older_checkpoint_gets_no_foreign_weights(tmp_path: Path) -> None:
         found = AutoModelForCausalLM.from_pretrained(export).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (tmp_path / "saved" / "step=3-hf").exists()
-
-
-@pytest.mark.parametrize("spelling", ["absolute", "relative", "last"])
-def test_an_export_that_a_kill_left_out_is_made_when_a_fit_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
-) -> None:
-    """Of the weights that were saved, before training moves them, however the checkpoint is named."""
-
-    last = spelling == "last"
-
-    def saving() -> ModelCheckpoint:
-        return ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=2, save_top_k=-1, save_last=last)
-
-    fit_saving(tmp_path, HFCheckpoint(), saving(), max_steps=2)
-    file = tmp_path / "saved" / ("last.ckpt" if last else "step=2.ckpt")
-    export = file.with_name(f"{file.stem}-hf")
-    shutil.rmtree(export)
-    found: list[bool] = []
-
-    class Look(Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            found.append((export / "model.safetensors").is_file())
-
-    monkeypatch.chdir(tmp_path)
-    begun = {"absolute": file, "relative": file.relative_to(tmp_path), "last": "last"}
-    fit_saving(tmp_path, HFCheckpoint(), saving(), Look(), ckpt_path=begun[spelling])
-    assert found == [True, True]
-    assert_beside(tmp_path / "saved", "step=2", "step=4", *(["last"] if last else []))
 
 
 def test_a_checkpoint_of_somebody_else_gets_no_export(tmp_path: Path) -> None:

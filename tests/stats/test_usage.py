@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_moe.moe.layers import find_moe_layers
-from lightning_moe.moe.routing import Routing, record_routing
+from lightning_moe.moe.routing import Routing, mask_plan, record_routing
 from lightning_moe.moe.surgery import keep_experts
 from lightning_moe.stats.usage import FIGURES, RouterCounts, load_figures, mean_load
 from tests.helpers.families import FAMILIES, TOP_K, tiny_batch, tiny_model
@@ -242,3 +243,34 @@ def test_reducing_runs_over_every_layer_in_the_same_order() -> None:
     taken = counts.take(twice)
     assert sizes == 2 * [layer.num_experts for layer in find_moe_layers(model)]
     assert taken == {name: (2 * count_E).tolist() for name, count_E in once.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taken_between", [True, False])
+def test_cut_or_masked_counts_are_the_same(taken_between: bool) -> None:
+    """Those of before are of the experts of before; without a ``take`` between them all layers start anew."""
+    found = []
+    for masked in (False, True):
+        model = tiny_model("mixtral")
+        spared, cut = [layer.name for layer in find_moe_layers(model)]
+        keep = {spared: list(range(8)), cut: [0, 2, 3, 7]}
+        counts = RouterCounts(model)
+        with ExitStack() as stack:
+            stack.enter_context(counts.attached())
+            counts.next_batch(None)
+            model(tiny_batch(length=10))
+            assert not counts.stale
+            if masked:
+                stack.enter_context(mask_plan(find_moe_layers(model), keep))
+            else:
+                keep_experts(model, keep)
+            assert counts.stale
+            before = counts.take(as_it_is) if taken_between else None
+            assert counts.stale != taken_between
+            counts.next_batch(None)
+            model(tiny_batch(length=7))
+            found.append((before, counts.take(as_it_is)))
+    assert found[0] == found[1]
+    before, after = found[0]
+    assert before is None or [(len(count_E), sum(count_E)) for count_E in before.values()] == [(8, 20 * TOP_K)] * 2
+    assert [(len(count_E), sum(count_E)) for count_E in after.values()] == [(8, 14 * TOP_K), (4, 14 * TOP_K)]
