@@ -163,6 +163,6 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", module=r"lightning\.")  # theirs, not those of our callbacks
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="The ``compute`` method of metric")

@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_moe.cli.main import quiet
 from lightning_moe.criteria import criteria
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.stats.store import load_stats
@@ -188,3 +190,12 @@ def test_a_domain_without_a_window_has_no_figure(run: Commands, checkpoint: Path
     run.ok("evaluate", *QUIET, *args)
     assert "NaN" not in (out / "summary.json").read_text()
     assert len(json.loads((out / "summary.json").read_text())["domains"]) == 1
+
+
+def test_only_our_own_warnings_are_seen() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        quiet()
+        for module in ("lightning.pytorch.trainer", "lightning_moe.callbacks.hf_checkpoint"):
+            warnings.warn_explicit("something", UserWarning, "file.py", 1, module=module)
+    assert len(seen) == 1
