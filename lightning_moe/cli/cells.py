@@ -88,7 +88,7 @@ class Comparison:
         rows = []
         for turn, cell in enumerate(grid, start=1):
             row = self._cells.get(cell.file_name)
-            if row is None or row["status"] != "done" or any(row.get(k) != v for k, v in cell.settings.items()):
+            if row is None or row["status"] != "done" or not cell.made(row):
                 row = self._computed(cell)
                 what = f"perplexity {row['perplexity']:.4g}" if row["status"] == "done" else f"failed: {row['reason']}"
                 say(f"{turn} of {len(grid)}: {cell.title}: {what}")
@@ -169,7 +169,7 @@ class Comparison:
     def _scored(self, cell: Cell) -> tuple[ExpertScores, float]:
         """The scores of the cell's method and the seconds they took, made once for all cells that share them."""
         assert cell.method is not None
-        key = cell.method.key(cell.ratio, cell.seed)
+        key = cell.method.key(cell.ratio, cell.seed, self.trainer.world_size)
         record = self._scores.get(key)
         if record is None:
             if key in self._failed_scores:

@@ -14,6 +14,7 @@ from lightning_moe.callbacks.usage_panels import load_before_and_after
 from lightning_moe.cli.cut import Cut, note_order, reduction, target_of
 from lightning_moe.cli.display import show_rounds
 from lightning_moe.cli.methods import get_method
+from lightning_moe.cli.recovery import clipping
 from lightning_moe.cli.request import (
     asked_batches,
     asked_data,
@@ -74,7 +75,7 @@ def prune_in_rounds(
     asked = asked_of | cut.asked() | {"seed": seed()} | asked_data(data)
     asked |= asked_validation(validation) | options.asked()
     if method.needs_text or options.tokens:
-        asked |= asked_batches(trainer, data) | {"gradient_clip_val": trainer.gradient_clip_val}
+        asked |= asked_batches(trainer, data) | {"gradient_clip_val": trainer.gradient_clip_val} | clipping(trainer)
     if method.needs_text:
         asked |= {"search": method.settings}
     run = RunFolder(out, "prune", asked, overwrite)

@@ -33,6 +33,15 @@ CLIP = 1.0
 """Largest norm of the gradients, where the Trainer has none set."""
 
 
+def clipping(trainer: Trainer) -> dict[str, Any]:
+    """How gradients are clipped, in plain values; nothing where it is as usual, so that runs of before go on."""
+    largest, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    return {
+        **({} if largest in (None, CLIP) else {"gradient_clip_val": largest}),
+        **({} if algorithm in (None, "norm") else {"gradient_clip_algorithm": algorithm.value}),
+    }
+
+
 def default_lr(parameters: int, kind: Kind = "finetune") -> float:
     """The paper's 1e-6 at Mixtral 8x7B's size, more for smaller models: by the power -2/3 of the parameters.
 
