@@ -28,6 +28,7 @@ from lightning_moe.cli.request import (
 from lightning_moe.cli.round_options import HALF_PRECISION, RoundOptions, prepare_tuning
 from lightning_moe.cli.rounds import Rounds, RoundsRequest
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.unheeded import UPDATES, refuse_other_lengths
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -65,10 +66,10 @@ def prune_in_rounds(
     check_rounds(shapes, schedule, cut.scope, cut.floor)
     for option in ("limit_predict_batches", "limit_val_batches"):
         refuse_less_text(trainer, option)
-    if trainer.max_steps != -1:
-        raise InputError(f"--trainer.max_steps {trainer.max_steps}: --finetune_tokens says how long to tune instead.")
     if options.tokens:
-        prepare_tuning(trainer, model, options.recovery)
+        prepare_tuning(trainer, model, data, options)
+    elif method.batchwise:
+        refuse_other_lengths(trainer, data, UPDATES)
     target = target_of(out, path)
     validation = data.validation()
     asked_of = asked_model(trainer, model)
