@@ -121,13 +121,13 @@ class MeasuringCommands(Trainer):
         """Say how far plans agree: the experts that two of them keep, over those that either keeps.
 
         Args:
-            model: Not used.
+            model: The model that they are for; needed only where one leaves out a layer, which then stays whole.
             datamodule: Not used.
             plans: Files plan.json, or the run folders that hold them, of plans for the same model.
             out: Run folder; gets agreement.json and agreement.png.
             overwrite: Replace the results of another request in that folder.
         """
-        agree(self, plans, out, overwrite)
+        agree(self, plans, out, overwrite, model.path)
 
     def demo(
         self, model: MoECausalLM, datamodule: TextDataModule, out: str = "runs/demo", overwrite: bool = False
