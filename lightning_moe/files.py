@@ -14,6 +14,9 @@ UMASK = os.umask(0o077)  # can only be read by setting it, which is safe while t
 os.umask(UMASK)
 SHARED = 0o666 & ~UMASK
 
+GONE = ".gone"
+"""How the name of a folder ends that is being removed."""
+
 
 @contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
@@ -86,9 +89,16 @@ def _old(target: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it; what is not there is fine."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+    """A file, or a folder with all that is in it; what is not there is fine.
+
+    A folder first loses its name, so that a kill never leaves a part of one under it. What then lies beside it, as
+    ``.NAME.gone``, goes with the next removal of either.
+    """
+    gone = path if path.suffix == GONE else path.with_name(f".{path.name}{GONE}")
+    shutil.rmtree(gone, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        path.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

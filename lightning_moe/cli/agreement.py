@@ -13,29 +13,32 @@ from rich.table import Table
 from lightning_moe.callbacks.figure_logging import save_figure
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.errors import InputError
-from lightning_moe.moe.checkpoints import same_model
+from lightning_moe.moe.checkpoints import layer_shapes, model_id, same_model
 from lightning_moe.pruning.plan import PruningPlan, agreement, load_plan
 from lightning_moe.report.agreement import matrix_figure
 
+Keep = dict[str, list[int]]
 
-def agree(trainer: Trainer, plans: Sequence[str], out: str, overwrite: bool) -> dict[str, Any] | None:
-    """Write agreement.json and agreement.png, print the table."""
+
+def agree(
+    trainer: Trainer, plans: Sequence[str], out: str, overwrite: bool, model: str | None = None
+) -> dict[str, Any] | None:
+    """Write agreement.json and agreement.png, print the table.
+
+    A layer that a plan leaves out stays whole; ``model`` says how many experts that is, and which layers there are.
+    """
     if len(plans) < 2:
         raise InputError(f"--plans: {len(plans)} given; at least two are needed.")
     found = [_load(place) for place in plans]
     first = found[0]
     for place, plan in zip(plans[1:], found[1:], strict=True):
-        if plan.keep.keys() != first.keep.keys():
-            raise InputError(
-                f"--plans: {place} names {len(plan.keep)} layers ({next(iter(plan.keep), 'none')} ...), {plans[0]} "
-                f"{len(first.keep)} ({next(iter(first.keep), 'none')} ...); they must be plans for the same model."
-            )
         if first.model_id and plan.model_id and not same_model(first.model_id, plan.model_id):
             raise InputError(f"--plans: {place} is for model {plan.model_id}, {plans[0]} for {first.model_id}.")
-    run = RunFolder(out, "agreement", {"plans": [plan.keep for plan in found], "names": list(plans)}, overwrite)
+    keeps = _same_layers(plans, found) if model is None else _all_layers(plans, found, model)
+    run = RunFolder(out, "agreement", {"plans": keeps, "names": list(plans)}, overwrite)
     if not trainer.is_global_zero:
         return None
-    pairs = [[agreement(one.keep, other.keep) for other in found] for one in found]
+    pairs = [[agreement(one, other) for other in keeps] for one in keeps]
     numbers = [[pair["all"] for pair in row] for row in pairs]
     names = _short(plans)
     run.begin()
@@ -50,8 +53,8 @@ def agree(trainer: Trainer, plans: Sequence[str], out: str, overwrite: bool) -> 
             "agreement": numbers,
             "layers": [
                 {"plans": [plans[i], plans[j]], **pairs[i][j]}
-                for i in range(len(found))
-                for j in range(i + 1, len(found))
+                for i in range(len(keeps))
+                for j in range(i + 1, len(keeps))
             ],
         }
     )
@@ -62,6 +65,29 @@ def _load(place: str) -> PruningPlan:
         return load_plan(Path(place))
     except InputError as error:
         raise InputError(str(error).replace("--plan ", "--plans: ", 1)) from error
+
+
+def _same_layers(places: Sequence[str], plans: Sequence[PruningPlan]) -> list[Keep]:
+    """What they keep, if all name the same layers. Raises ``InputError`` where one keeps a layer whole."""
+    for place, plan in zip(places, plans, strict=True):
+        for named_in, other in zip(places, plans, strict=True):
+            for name in other.keep.keys() - plan.keep.keys():
+                raise InputError(
+                    f"--plans: {place} leaves out {name}, which {named_in} names; there all experts stay, and no plan "
+                    "says how many these are: give --model.path, the model that all are for."
+                )
+    return [plan.keep for plan in plans]
+
+
+def _all_layers(places: Sequence[str], plans: Sequence[PruningPlan], model: str) -> list[Keep]:
+    """What they keep of every layer of the model."""
+    shapes, identity = layer_shapes(model), model_id(model)
+    for place, plan in zip(places, plans, strict=True):
+        try:
+            plan.check(shapes, identity)
+        except InputError as error:
+            raise InputError(f"--plans: {place}: {error}") from error
+    return [{one.name: plan.keep.get(one.name, list(range(one.num_experts))) for one in shapes} for plan in plans]
 
 
 def _short(places: Sequence[str]) -> list[str]:

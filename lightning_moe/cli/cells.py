@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -24,6 +24,7 @@ from lightning_moe.cli.weight_pruning import zeroed_model
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe
 from lightning_moe.evaluation.perplexity import measure
+from lightning_moe.files import remove
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.merged_experts import NO_MERGE, Merge
@@ -87,7 +88,7 @@ class Comparison:
         rows = []
         for turn, cell in enumerate(grid, start=1):
             row = self._cells.get(cell.file_name)
-            if row is None or row["status"] != "done" or any(row.get(k) != v for k, v in cell.settings.items()):
+            if row is None or row["status"] != "done" or not cell.made(row):
                 row = self._computed(cell)
                 what = f"perplexity {row['perplexity']:.4g}" if row["status"] == "done" else f"failed: {row['reason']}"
                 say(f"{turn} of {len(grid)}: {cell.title}: {what}")
@@ -168,19 +169,21 @@ class Comparison:
     def _scored(self, cell: Cell) -> tuple[ExpertScores, float]:
         """The scores of the cell's method and the seconds they took, made once for all cells that share them."""
         assert cell.method is not None
-        key = cell.method.key(cell.ratio, cell.seed)
+        key = cell.method.key(cell.ratio, cell.seed, self.trainer.world_size)
         record = self._scores.get(key)
         if record is None:
             if key in self._failed_scores:
                 raise InputError(self._failed_scores[key])
-            record = self._scores.put(key, self._run_method(cell, key))
+            also = {"batch_size": self.data.batch_size, "world_size": self.trainer.world_size}
+            folder = self.run.partial(method=key, **also)
+            record = self._scores.put(key, self._run_method(cell, key, folder))
+            if self.trainer.is_global_zero:
+                remove(folder)  # not before the record is there, or a kill would lose a finished search
         scores = ExpertScores.from_json(record["scores"], self.shapes, record["model_id"], record["data_fingerprint"])
         return scores, record["seconds"]
 
-    def _run_method(self, cell: Cell, key: str) -> dict[str, Any]:
+    def _run_method(self, cell: Cell, key: str, folder: Path) -> dict[str, Any]:
         assert cell.method is not None
-        also = {"batch_size": self.data.batch_size, "world_size": self.trainer.world_size}
-        folder = self.run.partial(method=key, **also)
         start, before = time.perf_counter(), self.job.preparation_seconds
         try:
             scores = cell.method.run(self.job, cell.ratio, cell.seed, folder)
@@ -188,8 +191,6 @@ class Comparison:
             self._failed_scores[key] = describe(error)
             raise
         seconds = time.perf_counter() - start - (self.job.preparation_seconds - before)
-        if self.trainer.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
         return {
             "model_id": scores.model_id,
             "data_fingerprint": scores.data_fingerprint,

@@ -21,6 +21,7 @@ from lightning_moe.cli.request import (
 )
 from lightning_moe.cli.round_options import RoundOptions, prepare_tuning
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.unheeded import UPDATES, refuse_other_lengths
 from lightning_moe.cli.weight_pruning import check_weight_cells
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
@@ -64,7 +65,9 @@ def compare(
         if cell.schedule is not None and cell.method is not None:
             check_rounds(shapes, cell.schedule, cell.scope)
     if options.tokens:
-        prepare_tuning(trainer, model, options.recovery)
+        prepare_tuning(trainer, model, data, options)
+    elif any(method.batchwise for method in pruning):
+        refuse_other_lengths(trainer, data, UPDATES)
     validation = data.validation()
     asked = asked_model(trainer, model) | asked_data(data)
     asked |= asked_validation(validation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning_moe.cli.methods import get_method
 from lightning_moe.cli.request import checkpoint_size, seed
 from lightning_moe.criteria import Direction, get_criterion
 from lightning_moe.errors import InputError
+from lightning_moe.files import remove
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import resolve
 from lightning_moe.moe.compaction import compact_checkpoint
@@ -65,7 +65,7 @@ def cut_on_disk(
     model.load(str(folder))
     trainer.strategy.barrier()
     if trainer.is_global_zero:
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def reduction(

@@ -22,11 +22,12 @@ def fit_steps(
     what: str,
     callbacks: Sequence[Callback] = (),
     clip: float | None = None,
-) -> None:
+) -> int:
     """Fit ``module`` on ``data`` for ``steps`` optimiser steps of ``batches`` batches each.
 
     It goes on from the newest of ``saves``; ``what`` is what people call a step of it. ``clip`` is the largest norm of
-    the gradients where the Trainer has none set. The Trainer's own loop and settings are put back afterwards.
+    the gradients where the Trainer has none set. The Trainer's own loop and settings are put back afterwards. Returns
+    the steps that were made: a callback may stop it early.
     """
     data.setup("fit")
     per_epoch = len(data.text) // (data.batch_size * trainer.world_size)
@@ -47,6 +48,7 @@ def fit_steps(
         if last is not None and step_of(last) >= steps:
             for callback in callbacks:  # with no step left, Lightning neither starts nor ends a training
                 callback.on_train_end(trainer, module)
+        return trainer.global_step
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -40,7 +40,7 @@ class Cell:
     schedule: RoundSchedule | None = None
     """Of the run that the cell is one moment of; None for one cut."""
     recipe: str = ""
-    """Stands for the schedule and all that decides how it is carried out."""
+    """Stands for the schedule and all else that decides the result; empty for one cut on one rank."""
 
     @property
     def method_name(self) -> str:
@@ -56,6 +56,10 @@ class Cell:
             "ratio": self.ratio,
             "seed": self.seed,
         } | ({"recipe": self.recipe} if self.recipe else {})
+
+    def made(self, row: Mapping[str, Any]) -> bool:
+        """Whether what is in ``row`` is this very work; one without a recipe is other work than one with."""
+        return all(row.get(name) == value for name, value in {"recipe": None, **self.settings}.items())
 
     @property
     def title(self) -> str:
@@ -100,11 +104,14 @@ def make_grid(
     first_seed: int,
     strategies: Sequence[str] = ("one-shot",),
     options: RoundOptions | None = None,
+    ranks: int = 1,
+    clipping: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """Every method, with its seeds, by every strategy, at every ratio and scope; each once.
 
     A method may name its scope, as in ``diep@global``, and then has that one alone. Strategies that tune bring a
-    control: the full model, tuned as the lottery is. Raises ``InputError`` for unknown names.
+    control: the full model, tuned as the lottery is. ``ranks`` and ``clipping`` (see ``clipping``) are part of what is
+    learned on them alone. Raises ``InputError`` for unknown names.
     """
     for option, values in (("methods", methods), ("ratios", ratios), ("scopes", scopes), ("strategies", strategies)):
         if not values:
@@ -129,8 +136,9 @@ def make_grid(
     _check_one_cut(chosen, ratios, chosen_strategies)
     plans = {name: _schedules(name, ratios, options) for name in chosen_strategies}
     all_seeds = list(range(first_seed, first_seed + seeds))
+    tuning = {**options.asked_tuning(), **(clipping or {})} if options.tokens else {}
     cells = [
-        Cell(method, scope, ratio, seed, strategy, plan[ratio], _recipe(plan[ratio], options))
+        Cell(method, scope, ratio, seed, strategy, plan[ratio], _recipe(plan[ratio], tuning, ranks, method))
         for method, own in zip(chosen, scopes_of, strict=True)
         for strategy, plan in plans.items()
         for seed in (all_seeds if method.seeded or _tunes(strategy) else [None])
@@ -140,7 +148,7 @@ def make_grid(
     if any(_tunes(strategy) for strategy in plans):
         plan = _schedules("lottery", ratios, options)
         cells += [
-            Cell(None, "layer", ratio, seed, TUNED, plan[ratio], _recipe(plan[ratio], options))
+            Cell(None, "layer", ratio, seed, TUNED, plan[ratio], _recipe(plan[ratio], tuning, ranks, None))
             for seed in all_seeds
             for ratio in ratios
         ]
@@ -195,12 +203,17 @@ def _passing(ratios: Sequence[float], options: RoundOptions) -> RoundSchedule:
     )
 
 
-def _recipe(schedule: RoundSchedule | None, options: RoundOptions) -> str:
-    if schedule is None:
+def _recipe(schedule: RoundSchedule | None, tuning: Mapping[str, Any], ranks: int, method: Method | None) -> str:
+    made: dict[str, Any] = {}
+    tuned = schedule is not None and any(schedule.tokens)
+    if schedule is not None:
+        made["schedule"] = [schedule.ratios, schedule.tokens]  # however it was asked for
+    if tuned:
+        made |= tuning
+    if ranks > 1 and (tuned or (method is not None and method.batchwise)):
+        made["world_size"] = ranks  # a step takes a batch from each
+    if not made:
         return ""
-    made: dict[str, Any] = {"schedule": [schedule.ratios, schedule.tokens]}  # however it was asked for
-    if any(schedule.tokens):
-        made |= options.asked_tuning()
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 
 from lightning.pytorch import Trainer
@@ -15,6 +14,7 @@ from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.text_pass import start_at, watch_text
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.evaluation.perplexity import check_vocabulary
+from lightning_moe.files import remove
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import same_model
 from lightning_moe.moe.ranks import check_shared
@@ -63,6 +63,6 @@ def input_norms(trainer: Trainer, model: MoECausalLM, data: TextDataModule, run:
     found = StoredNorms(identity, data.text.fingerprint, precision, observation.norms, seconds)
     if trainer.is_global_zero:
         found.save(file)
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     trainer.strategy.barrier()
     return found

@@ -14,6 +14,7 @@ from lightning_moe.callbacks.usage_panels import load_before_and_after
 from lightning_moe.cli.cut import Cut, note_order, reduction, target_of
 from lightning_moe.cli.display import show_rounds
 from lightning_moe.cli.methods import get_method
+from lightning_moe.cli.recovery import clipping
 from lightning_moe.cli.request import (
     asked_batches,
     asked_data,
@@ -27,6 +28,7 @@ from lightning_moe.cli.request import (
 from lightning_moe.cli.round_options import HALF_PRECISION, RoundOptions, prepare_tuning
 from lightning_moe.cli.rounds import Rounds, RoundsRequest
 from lightning_moe.cli.run_folder import RunFolder
+from lightning_moe.cli.unheeded import UPDATES, refuse_other_lengths
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -64,17 +66,17 @@ def prune_in_rounds(
     check_rounds(shapes, schedule, cut.scope, cut.floor)
     for option in ("limit_predict_batches", "limit_val_batches"):
         refuse_less_text(trainer, option)
-    if trainer.max_steps != -1:
-        raise InputError(f"--trainer.max_steps {trainer.max_steps}: --finetune_tokens says how long to tune instead.")
     if options.tokens:
-        prepare_tuning(trainer, model, options.recovery)
+        prepare_tuning(trainer, model, data, options)
+    elif method.batchwise:
+        refuse_other_lengths(trainer, data, UPDATES)
     target = target_of(out, path)
     validation = data.validation()
     asked_of = asked_model(trainer, model)
     asked = asked_of | cut.asked() | {"seed": seed()} | asked_data(data)
     asked |= asked_validation(validation) | options.asked()
     if method.needs_text or options.tokens:
-        asked |= asked_batches(trainer, data) | {"gradient_clip_val": trainer.gradient_clip_val}
+        asked |= asked_batches(trainer, data) | {"gradient_clip_val": trainer.gradient_clip_val} | clipping(trainer)
     if method.needs_text:
         asked |= {"search": method.settings}
     run = RunFolder(out, "prune", asked, overwrite)

@@ -13,7 +13,7 @@ from lightning_moe.cli.demo import demo
 from lightning_moe.cli.display import show
 from lightning_moe.cli.evaluate import evaluate
 from lightning_moe.cli.grid import make_grid
-from lightning_moe.cli.recovery import NEXT_TOKEN, Recovery
+from lightning_moe.cli.recovery import NEXT_TOKEN, Recovery, clipping
 from lightning_moe.cli.request import seed
 from lightning_moe.cli.round_options import RoundOptions
 from lightning_moe.cli.scan import scan, show_extremes
@@ -111,7 +111,8 @@ class MeasuringCommands(Trainer):
             overwrite: Replace the results of another request in that folder.
         """
         options = RoundOptions(rounds, spacing, finetune_tokens, finetune_growth, finetune_path, finetune_lr, recovery)
-        grid = make_grid(methods, ratios, scopes, seeds, seed(), strategies, options)
+        learning = self.world_size, clipping(self)
+        grid = make_grid(methods, ratios, scopes, seeds, seed(), strategies, options, *learning)
         compare(self, model, datamodule, out, grid, overwrite, options)
 
     def agreement(
@@ -120,13 +121,13 @@ class MeasuringCommands(Trainer):
         """Say how far plans agree: the experts that two of them keep, over those that either keeps.
 
         Args:
-            model: Not used.
+            model: The model that they are for; needed only where one leaves out a layer, which then stays whole.
             datamodule: Not used.
             plans: Files plan.json, or the run folders that hold them, of plans for the same model.
             out: Run folder; gets agreement.json and agreement.png.
             overwrite: Replace the results of another request in that folder.
         """
-        agree(self, plans, out, overwrite)
+        agree(self, plans, out, overwrite, model.path)
 
     def demo(
         self, model: MoECausalLM, datamodule: TextDataModule, out: str = "runs/demo", overwrite: bool = False

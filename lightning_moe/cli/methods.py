@@ -49,6 +49,8 @@ class Method:
     """Stands for whatever else decides the result; part of ``key``."""
     needs_text: bool = False
     """Whether it works on the text itself; otherwise statistics of it will do."""
+    batchwise: bool = False
+    """Whether it learns in steps of a batch from each rank, so that more ranks give another result."""
     stable_ranks: bool = True
     """Whether it may look at the stable ranks of the weights, which are dear."""
     gradients: bool = False
@@ -80,13 +82,14 @@ class Method:
     def file_name(self) -> str:
         return re.sub(r"[^\w.+-]", "-", self.name)
 
-    def key(self, ratio: float, seed: int | None) -> str:
-        """The name of one result, fit for a file: equal keys are the same work."""
+    def key(self, ratio: float, seed: int | None, ranks: int = 1) -> str:
+        """The name of one result, fit for a file: equal keys are the same work, on any number of ranks that matters."""
         words = [
             self.file_name,
             *([self.settings] if self.settings else []),
             *([repr(ratio)] if self.per_ratio else []),
             *([f"seed{seed}"] if self.seeded else []),
+            *([f"ranks{ranks}"] if self.batchwise and ranks > 1 else []),
         ]
         return "-".join(words)
 
@@ -194,6 +197,7 @@ def _of_preset(preset_name: str) -> Method:
         seeded=True,
         settings=hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8],
         needs_text=True,
+        batchwise=True,
     )
 
 

@@ -16,6 +16,7 @@ from lightning_moe.cli.request import asked_batches, asked_data, asked_model, mo
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.score import known_stats, observe
 from lightning_moe.cli.skipping import Skipping, wanted_entry
+from lightning_moe.cli.unheeded import UPDATES, refuse_other_lengths
 from lightning_moe.cli.weight_pruning import prune_weights
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError
@@ -114,6 +115,8 @@ def prune(
             source = {"scores": scores[0].fingerprint}
         else:
             source = asked_data(data)
+            if method.batchwise:
+                refuse_other_lengths(trainer, data, UPDATES)
             if method.needs_text:
                 source |= asked_batches(trainer, data) | {"search": method.settings}
         check_ratio(shapes, cut.ratio, cut.scope, cut.floor, drops)  # an impossible one is refused before any work

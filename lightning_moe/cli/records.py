@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.files import write_json
+from lightning_moe.files import remove, write_json
 
 VERSION = 2
 
@@ -47,7 +46,7 @@ class Records:
     def clear(self) -> None:
         self._found.clear()
         if self.writes:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
 
 
 def without_stamp(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,20 @@ MIXTRAL_PARAMETERS, MIXTRAL_LR = 46.7e9, 1e-6
 ROUTER_KD_LR = 5e-5
 """Router KD's learning rate (arXiv 2603.02217), for models of about that size."""
 
+TUNING = {"min_lr_ratio": 0.0, "weight_decay": 0.0}
+"""Beside the learning rate, what of ``MoECausalLM`` is not as in a fit."""
+
 CLIP = 1.0
 """Largest norm of the gradients, where the Trainer has none set."""
+
+
+def clipping(trainer: Trainer) -> dict[str, Any]:
+    """How gradients are clipped, in plain values; nothing where it is as usual, so that runs of before go on."""
+    largest, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    return {
+        **({} if largest in (None, CLIP) else {"gradient_clip_val": largest}),
+        **({} if algorithm in (None, "norm") else {"gradient_clip_algorithm": algorithm.value}),
+    }
 
 
 def default_lr(parameters: int, kind: Kind = "finetune") -> float:
@@ -133,13 +145,13 @@ def tune(
     window = data.text.tokens_NS.shape[1]
     batches = recovery.batches_per_step(window, trainer.world_size, data.batch_size)
     steps = max(1, round(tokens / (batches * window * trainer.world_size * data.batch_size)))
-    settings: dict[str, Any] = {"lr": lr, "min_lr_ratio": 0.0, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"lr": lr, **TUNING}
     module = MoECausalLM(**settings) if teacher is None else RouterDistillation(teacher, **settings)
     module.adopt(network)
     state = TuningState()
     torch.manual_seed(data.shuffle_seed)
-    fit_steps(trainer, module, data, steps, batches, saves, "step", [recovery.rebalance(), state], CLIP)
-    return Tuned(steps, state.tokens)
+    done = fit_steps(trainer, module, data, steps, batches, saves, "step", [recovery.rebalance(), state], CLIP)
+    return Tuned(done, state.tokens)
 
 
 class TuningState(Callback):

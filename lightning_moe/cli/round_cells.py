@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lightning_moe.cli.grid import Cell
@@ -17,6 +17,7 @@ from lightning_moe.cli.rounds import Rounds, RoundsRequest, as_moment
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.errors import InputError, describe
+from lightning_moe.files import remove
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.pruned_size import pruned_size
 from lightning_moe.pruning.round_record import RoundRecord
@@ -63,6 +64,8 @@ class RoundRuns:
                 self._failed[cell.run_name] = describe(error)
                 raise
             record = self.records.put(cell.run_name, {"rounds": [asdict(one) for one in done]})
+            if self.job.trainer.is_global_zero:
+                remove(self._folder(cell))  # not before the record is there, or a kill would lose all rounds
         return [RoundRecord(**one) for one in record["rounds"]]
 
     def _carried_out(
@@ -80,7 +83,6 @@ class RoundRuns:
             seed=cell.seed or 0,
             tune_path=self.options.tune_path,
         )
-        folder = self.run.partial(rounds=cell.run_name, world_size=trainer.world_size)
         first = scores, None if full is None else as_moment(full)
         identity = self.run.request["model_id"]
         rounds = Rounds(
@@ -91,14 +93,15 @@ class RoundRuns:
             request,
             self.shapes,
             identity,
-            folder,
+            self._folder(cell),
             first,
             self.run.partial(teachers=True),
         )
-        done = rounds.run(lambda records: None)
-        if trainer.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
-        return done
+        return rounds.run(lambda records: None)
+
+    def _folder(self, cell: Cell) -> Path:
+        """Of the unfinished run."""
+        return self.run.partial(rounds=cell.run_name, world_size=self.job.trainer.world_size)
 
 
 def derived_figures(

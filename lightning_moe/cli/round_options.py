@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_moe.cli.recovery import Recovery, default_lr
+from lightning_moe.cli.recovery import TUNING, Recovery, default_lr
 from lightning_moe.cli.request import model_path, refuse_less_text
+from lightning_moe.cli.unheeded import refuse_other_tuning
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.data.text import content_fingerprint
 from lightning_moe.errors import InputError
@@ -85,12 +86,14 @@ class RoundOptions:
         return {f"finetune.{name}": value for name, value in tuning.items()}
 
 
-def prepare_tuning(trainer: Trainer, model: MoECausalLM, recovery: Recovery) -> None:
+def prepare_tuning(trainer: Trainer, model: MoECausalLM, data: TextDataModule, options: RoundOptions) -> None:
     """See that steps of tuning are not lost: weights stored in 16 bits are loaded as float32.
 
     Where only routers learn (and norms), the rest may stay in 16 bits: what learns is held in float32. Raises
-    ``InputError`` where 16 bits would be trained, and for a quantised model.
+    ``InputError`` where 16 bits would be trained, for a quantised model, and for settings that tuning would pass over.
     """
+    recovery = options.recovery
+    refuse_other_tuning(trainer, model, data, TUNING, options.lr is not None)
     refuse_less_text(trainer, "limit_train_batches")
     if trainer.precision.endswith("-true") and not trainer.precision.startswith(("32", "64")):
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.data.teacher_cache import TeacherCache
 from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import measure
-from lightning_moe.files import write_json
+from lightning_moe.files import remove, write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import all_finite
 from lightning_moe.moe.export import export_model
@@ -122,7 +121,7 @@ class Rounds:
             self._part = {}
             if self.trainer.is_global_zero:
                 write_records(self.folder / "rounds.jsonl", self.records)
-                shutil.rmtree(self._place(turn - 1), ignore_errors=True)
+                remove(self._place(turn - 1))
             on_round(self.records)
         return self.records
 
@@ -272,7 +271,7 @@ class Rounds:
             export_model(self.model.network, place / "model")
         self._keep_part(turn, tuned=tuned, seconds=seconds)
         if self.trainer.is_global_zero:
-            shutil.rmtree(place / "saves", ignore_errors=True)
+            remove(place / "saves")
 
 
 def as_moment(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.errors import InputError
-from lightning_moe.files import write_json
+from lightning_moe.files import remove, write_json
 
 VERSION = 1
 
@@ -94,8 +93,9 @@ class RunFolder:
         results = self.save({**figures, "files": self._files(files)} if files else figures)
         write_json(self.folder / "summary.json", results)
         partial = self.folder / PARTIAL
-        for unfinished in partial.glob(f"{self.command}-{'*' if self._overwrite else self._digest}-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        # What a killed removal has left begins with a dot.
+        for unfinished in sorted(partial.glob(f"*{self.command}-{'*' if self._overwrite else self._digest}-*")):
+            remove(unfinished)
         with suppress(OSError):  # some is left, or there was none
             partial.rmdir()
         if any(partial.glob(f"{self.command}-*")):

@@ -16,8 +16,8 @@ from lightning_moe.cli.fitting import fit_steps
 from lightning_moe.cli.request import asked_batches, asked_data, asked_model, model_path, refuse_less_text, seed
 from lightning_moe.cli.run_folder import RunFolder
 from lightning_moe.cli.step_saves import StepSaves
+from lightning_moe.cli.unheeded import UPDATES, refuse_other_lengths
 from lightning_moe.data.datamodule import TextDataModule
-from lightning_moe.errors import InputError
 from lightning_moe.evaluation.perplexity import check_vocabulary
 from lightning_moe.files import write_json
 from lightning_moe.modules.causal_lm import MoECausalLM
@@ -113,8 +113,7 @@ def run_search(
     ``seed`` orders the windows. The trainer's own loop is put back afterwards, so it can do other work.
     """
     refuse_less_text(trainer, "limit_train_batches")
-    if trainer.max_steps != -1:
-        raise InputError(f"--trainer.max_steps {trainer.max_steps}: the length of a search is --updates; leave it out.")
+    refuse_other_lengths(trainer, data, UPDATES)
     calibration = data.calibration(shuffle_seed=seed)
     calibration.setup("fit")
     model.prepare(trainer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,6 +10,7 @@ from typing_extensions import override
 from lightning_moe.cli.request import model_path
 from lightning_moe.data.datamodule import TextDataModule
 from lightning_moe.data.teacher_cache import TeacherCache
+from lightning_moe.files import remove
 from lightning_moe.modules.causal_lm import Batch, MoECausalLM
 from lightning_moe.moe.checkpoints import read_config
 
@@ -52,7 +52,7 @@ class AnswerPass(LightningModule):
     @override
     def on_predict_start(self) -> None:
         if self.trainer.is_global_zero:
-            shutil.rmtree(self.cache.folder, ignore_errors=True)
+            remove(self.cache.folder)
             self.cache.create()
         self.trainer.strategy.barrier()
 

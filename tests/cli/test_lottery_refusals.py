@@ -25,7 +25,7 @@ def test_asking_again_does_nothing_and_another_request_is_refused(
     run.ok(*args)
     before = contents(tmp_path)
     trained = Trained(monkeypatch)
-    for same in ((), ("--scope", "layer", "--recovery.kind", "finetune")):
+    for same in ((), ("--scope", "layer", "--recovery.kind", "finetune", "--trainer.gradient_clip_algorithm", "norm")):
         assert "This very request was carried out here before" in run.ok(*args, *same).out
     for option, value, word in (
         ("--rounds", 1, "rounds"),
@@ -43,6 +43,8 @@ def test_asking_again_does_nothing_and_another_request_is_refused(
         ("--data.val_samples", 2, "data.val_samples"),
         ("--data.val_path", text / "harbour.txt", "data.val_path"),
         ("--trainer.precision", "bf16-mixed", "precision"),
+        ("--trainer.gradient_clip_val", 0.5, "gradient_clip_val"),
+        ("--trainer.gradient_clip_algorithm", "value", "gradient_clip_algorithm"),
         ("--finetune_tokens", 0, "finetune_tokens"),
     ):
         refused = run(*args, option, value)
