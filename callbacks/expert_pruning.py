@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
 from lightning_moe.callbacks.in_fit_cut import InFitCut, OptimizerChoice
 from lightning_moe.callbacks.in_fit_measure import in_fit_measure
+from lightning_moe.callbacks.round_log import RoundLog
 from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
 from lightning_moe.callbacks.scaled_rates import scale_rates
 from lightning_moe.criteria import Direction
 from lightning_moe.errors import InputError
-from lightning_moe.moe.layers import LayerShape, find_moe_layers, hugging_face_model, parameters_left
-from lightning_moe.moe.ranks import rank
+from lightning_moe.moe.layers import find_moe_layers, hugging_face_model, parameters_left
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose
-from lightning_moe.pruning.round_record import RoundRecord, make_record, write_records
+from lightning_moe.pruning.round_record import RoundRecord, make_record
 from lightning_moe.pruning.schedule import Spacing, check_rounds, make_schedule, round_seed
 from lightning_moe.search.in_memory import check_method, score_in_memory
 from lightning_moe.search.presets import preset_of
@@ -113,13 +112,9 @@ class ExpertPruning(Callback):
         self.calibration, self.evaluation = calibration, evaluation
         self.method, self.scope, self.direction, self.floor = method, scope, direction, floor
         self.optimizer, self.cosine, self.min_lr_ratio = optimizer, cosine, min_lr_ratio
-        self.folder, self.seed = None if folder is None else Path(folder), seed
-        self.gradient_memory = gradient_memory
-        self.records: list[RoundRecord] = []
-        self.tokens = 0
-        """Trained on so far, over all ranks."""
-        self._whole: list[LayerShape] = []
-        self._step = self._epochs = self._tokens_at_round = 0
+        self.seed, self.gradient_memory = seed, gradient_memory
+        self._log = RoundLog(None if folder is None else Path(folder))
+        self._epochs = 0
         self._cut, self._rates = InFitCut(), list[Any]()
 
     @property
@@ -129,25 +124,27 @@ class ExpertPruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "records": [asdict(record) for record in self.records],
-            "whole": [asdict(shape) for shape in self._whole],
-            "tokens": self.tokens,
-            "tokens_at_round": self._tokens_at_round,
-            "epochs": self._epochs,
-        }
+        return self._log.state_dict() | {"epochs": self._epochs}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.records = [RoundRecord(**record) for record in state_dict["records"]]
-        self._whole = [LayerShape(**shape) for shape in state_dict["whole"]]
-        self.tokens, self._tokens_at_round = state_dict["tokens"], state_dict["tokens_at_round"]
+        self._log.load_state_dict(state_dict)
         self._epochs = state_dict["epochs"]
+
+    @property
+    def records(self) -> list[RoundRecord]:
+        """Of the rounds so far."""
+        return self._log.records
 
     @property
     def keep(self) -> dict[str, list[int]]:
         """Kept experts of each layer, by their ids in the whole model."""
-        return self.records[-1].keep if self.records else {s.name: list(range(s.num_experts)) for s in self._whole}
+        return self._log.keep
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far, over all ranks."""
+        return self._log.tokens
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -156,9 +153,9 @@ class ExpertPruning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = hugging_face_model(pl_module, "ExpertPruning")
-        if not self._whole:
-            self._whole = [layer.shape for layer in find_moe_layers(model)]
-            check_rounds(self._whole, self.schedule, self.scope, self.floor)
+        if not self._log.whole:
+            self._log.whole = [layer.shape for layer in find_moe_layers(model)]
+            check_rounds(self._log.whole, self.schedule, self.scope, self.floor)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,7 +170,7 @@ class ExpertPruning(Callback):
                 f"{left}; make a new callback for a new model."
             )
 
-        self._step = trainer.global_step
+        self._log.step = trainer.global_step
         self._watch_optimizers(trainer)
         if self.trigger.due(len(self.records), 0):
             self._round(trainer, pl_module)
@@ -184,10 +181,10 @@ class ExpertPruning(Callback):
     ) -> None:
         with nullcontext() if self.trigger.unit == "tokens" else suppress(TypeError):
             tokens = torch.tensor(num_tokens(batch, "ExpertPruning"), device=pl_module.device)
-            self.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
-        if trainer.global_step == self._step:
+            self._log.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
+        if trainer.global_step == self._log.step:
             return  # gradients are being accumulated, and would be lost
-        self._step = trainer.global_step
+        self._log.step = trainer.global_step
         if self.trigger.unit != "epochs" and self.trigger.due(len(self.records), self._now):
             self._round(trainer, pl_module)
 
@@ -199,7 +196,7 @@ class ExpertPruning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_round(pl_module, self._measured(pl_module))
+        self._log.end_round(self._measured(pl_module))
         if (done := len(self.records)) < len(self.schedule):
             rank_zero_warn(f"ExpertPruning: the fit ended after {done} of {len(self.schedule)} rounds.")
 
@@ -216,19 +213,19 @@ class ExpertPruning(Callback):
 
     @property
     def _now(self) -> float:
-        return {"steps": self._step, "tokens": self.tokens, "epochs": self._epochs}[self.trigger.unit]
+        return {"steps": self._log.step, "tokens": self.tokens, "epochs": self._epochs}[self.trigger.unit]
 
     def _round(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = hugging_face_model(pl_module, "ExpertPruning")
         turn, before, seconds = len(self.records) + 1, self.keep, {}
         measured = {"before_prune": self._measured(pl_module)}
-        self._end_round(pl_module, measured["before_prune"])
+        self._log.end_round(measured["before_prune"])
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
             seed, batches = round_seed(self.seed, turn), batches_of(self.calibration)
             scores = score_in_memory(model, batches, self.method, self.direction, seed, self.gradient_memory)
         seconds["estimate"] = time.perf_counter() - start
-        plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._whole)
+        plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._log.whole)
         guests: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in guests:
             if isinstance(callback, HFCheckpoint):
@@ -239,8 +236,7 @@ class ExpertPruning(Callback):
             self._watch_optimizers(trainer)
         seconds["prune"] = time.perf_counter() - start - seconds["estimate"]
         measured["after_prune"] = self._measured(pl_module)
-        self._tokens_at_round = self.tokens
-        self.records.append(
+        self._log.begin_round(
             make_record(
                 before,
                 keep,
@@ -254,31 +250,11 @@ class ExpertPruning(Callback):
                 made_by=plan.made_by | {"step": trainer.global_step},
             )
         )
-        self._write()
         figures = {"experts": sum(map(len, keep.values())), "ratio": self.schedule.ratios[turn - 1]}
         figures |= {f"perplexity_{name}": one["perplexity"]["all"] for name, one in measured.items() if one}
         named = {f"expert_pruning/{name}": value for name, value in figures.items()}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=trainer.global_step)
-
-    def _end_round(self, pl_module: LightningModule, measured: dict[str, Any] | None) -> None:
-        """Add to the last record what the training after it came to."""
-        if not self.records:
-            return
-        last = self.records[-1]
-        moments = {"after_finetune": measured} if measured else {}
-        self.records[-1] = replace(
-            last,
-            tokens=self.tokens - self._tokens_at_round,
-            steps=self._step - last.made_by["step"],
-            perplexity=last.perplexity | {name: one["perplexity"] for name, one in moments.items()},
-            load=last.load | {name: one["load"] for name, one in moments.items()},
-        )
-        self._write()
-
-    def _write(self) -> None:
-        if self.folder is not None and rank() == 0:
-            write_records(self.folder / "rounds.jsonl", self.records)
 
     def _measured(self, pl_module: LightningModule) -> dict[str, Any] | None:
         if self.evaluation is None:
