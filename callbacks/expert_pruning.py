@@ -37,9 +37,9 @@ class ExpertPruning(Callback):
     """Prune the Hugging Face MoE inside a LightningModule, in one round or several, during a fit.
 
     A round scores the experts that are left on calibration text, drops the lowest, and gives the optimisers what is
-    new, see ``InFitCut``: on one process the weights are cut at once, on several (DDP, ``moe_fsdp``) the routers see
+    new, see ``InFitCut``: on one process the weights are cut at once, under DDP and ``moe_fsdp`` the routers see
     dropped experts no more. Each round is recorded in ``records``, in ``folder`` and in the logger under
-    ``expert_pruning/``. A fit that goes on from a checkpoint finds the model as it was, and the rounds done.
+    ``expert_pruning/``. A fit, validation or test from a checkpoint finds the model as it was, and the rounds done.
 
     Args:
         calibration: Batches to score on, with ``input_ids`` and, if padded, ``attention_mask``; see ``Batches``. All
@@ -151,8 +151,17 @@ class ExpertPruning(Callback):
         self._cut.begin(trainer, pl_module)
 
     @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Not where a loop starts: with no step left the fit's never does, and the model is exported all the same.
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is not None:
+            self.load_state_dict(state)
+            self._cut.restore(hugging_face_model(pl_module, "ExpertPruning"), self._log.kept)
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = hugging_face_model(pl_module, "ExpertPruning")
+        self._cut.check_unmasked(model)
         if not self._log.whole:
             self._log.whole = [layer.shape for layer in find_moe_layers(model)]
             check_rounds(self._log.whole, self.schedule, self.scope, self.floor)
@@ -161,7 +170,6 @@ class ExpertPruning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_fit_start: what a resumed fit knows is restored only after that, with some strategies all of it.
         model = hugging_face_model(pl_module, "ExpertPruning")
-        self._cut.restore(model, self.keep)
         found = [layer.shape.num_experts for layer in find_moe_layers(model)]
         left = [len(ids) for ids in self.keep.values()]
         if found != left:
@@ -231,7 +239,7 @@ class ExpertPruning(Callback):
             if isinstance(callback, HFCheckpoint):
                 callback.follow(trainer, pl_module)  # what has been saved is of the weights before the cut
         keep = compose(before, plan.keep)
-        self._cut.apply(trainer, model, plan.keep, keep, self.optimizer)
+        self._cut.apply(trainer, model, plan.keep, self.optimizer)
         if self.optimizer == "reset":
             self._watch_optimizers(trainer)
         seconds["prune"] = time.perf_counter() - start - seconds["estimate"]

@@ -39,7 +39,12 @@ class RoundLog:
     @property
     def keep(self) -> dict[str, list[int]]:
         """Kept experts of each layer, by their ids in the whole model."""
-        return self.records[-1].keep if self.records else {s.name: list(range(s.num_experts)) for s in self.whole}
+        return self.kept[-1]
+
+    @property
+    def kept(self) -> list[dict[str, list[int]]]:
+        """``keep`` before the first round and after each."""
+        return [{s.name: list(range(s.num_experts)) for s in self.whole}, *(record.keep for record in self.records)]
 
     def begin_round(self, record: RoundRecord) -> None:
         """The model has been cut; what is trained from now on counts for ``record``."""

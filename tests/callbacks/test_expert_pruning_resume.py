@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
 from lightning_moe.callbacks import ExpertPruning, HFCheckpoint, RouterRebalance
 from lightning_moe.errors import InputError
 from tests.callbacks.foreign_fit import (
-    Batches,
-    Foreign,
+    ByNumber,
     Killed,
     calibration,
     counts,
@@ -24,13 +22,6 @@ from tests.callbacks.foreign_fit import (
     small_model,
     steps_of,
 )
-
-
-class ByNumber(Foreign):
-    """A fit that goes on reads a plain DataLoader from its start again; this module takes each batch by its number."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(Batches(batch_idx + 1)[-1], batch_idx)
 
 
 def module(kill_at: int | None = None) -> ByNumber:
