@@ -156,6 +156,7 @@ class ExpertPruning(Callback):
         state = checkpoint["callbacks"].get(self.state_key)
         if state is not None:
             self.load_state_dict(state)
+            self._log.step = checkpoint["global_step"]
             self._cut.restore(hugging_face_model(pl_module, "ExpertPruning"), self._log.kept)
 
     @override
@@ -178,7 +179,7 @@ class ExpertPruning(Callback):
                 f"{left}; make a new callback for a new model."
             )
 
-        self._log.step = trainer.global_step
+        self._log.begin_fit(trainer.global_step)
         self._watch_optimizers(trainer)
         if self.trigger.due(len(self.records), 0):
             self._round(trainer, pl_module)

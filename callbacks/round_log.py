@@ -21,7 +21,9 @@ class RoundLog:
         """The layers before the first round."""
         self.tokens = 0
         """Trained on so far, over all ranks."""
-        self.step = self._tokens_at_round = 0
+        self.step = 0
+        """Optimiser steps of the fit that is going on, or was last."""
+        self._tokens_at_round = self._step_at_round = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -29,12 +31,14 @@ class RoundLog:
             "whole": [asdict(shape) for shape in self.whole],
             "tokens": self.tokens,
             "tokens_at_round": self._tokens_at_round,
+            "step_at_round": self._step_at_round,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.records = [RoundRecord(**record) for record in state_dict["records"]]
         self.whole = [LayerShape(**shape) for shape in state_dict["whole"]]
         self.tokens, self._tokens_at_round = state_dict["tokens"], state_dict["tokens_at_round"]
+        self._step_at_round = state_dict["step_at_round"]
 
     @property
     def keep(self) -> dict[str, list[int]]:
@@ -46,10 +50,15 @@ class RoundLog:
         """``keep`` before the first round and after each."""
         return [{s.name: list(range(s.num_experts)) for s in self.whole}, *(record.keep for record in self.records)]
 
+    def begin_fit(self, step: int) -> None:
+        """A fit begins at its step ``step``; what one before it trained since the last round stays counted."""
+        self._step_at_round += step - self.step
+        self.step = step
+
     def begin_round(self, record: RoundRecord) -> None:
         """The model has been cut; what is trained from now on counts for ``record``."""
         self.records.append(record)
-        self._tokens_at_round = self.tokens
+        self._tokens_at_round, self._step_at_round = self.tokens, self.step
         self._write()
 
     def end_round(self, measured: dict[str, Any] | None) -> None:
@@ -61,7 +70,7 @@ class RoundLog:
         self.records[-1] = replace(
             last,
             tokens=self.tokens - self._tokens_at_round,
-            steps=self.step - last.made_by["step"],
+            steps=self.step - self._step_at_round,
             perplexity=last.perplexity | {name: one["perplexity"] for name, one in moments.items()},
             load=last.load | {name: one["load"] for name, one in moments.items()},
         )

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_moe.callbacks import ExpertPruning, HFCheckpoint, RouterRebalance
 from lightning_moe.errors import InputError
 from tests.callbacks.foreign_fit import (
+    TOKENS,
     ByNumber,
     Killed,
     calibration,
@@ -189,3 +190,17 @@ def test_another_model_is_no_continuation(tmp_path: Path) -> None:
         assert "\n" not in str(error)  # to refuse is as good
     else:
         assert counts(second.inner) == [4, 4]
+
+
+def test_steps_count_over_several_fits(tmp_path: Path) -> None:
+    """As tokens do: each Trainer counts from 0 again; and the second fit goes on from its checkpoints, too."""
+    own = module()
+    pruning = ExpertPruning(calibration(), 0.5, [0.25, 0.5], "ean", at=[2, 9])
+    fit(own, tmp_path, pruning, data=loader(6))
+    assert [record.steps for record in pruning.records] == [4]
+    fit(own, tmp_path, pruning, saver(tmp_path / "saved"), data=loader(3))
+    assert [record.steps for record in pruning.records] == [7]
+    again = ExpertPruning(calibration(), 0.5, [0.25, 0.5], "ean", at=[2, 9])
+    fit(module(), tmp_path, again, data=loader(3), ckpt_path=tmp_path / "saved" / "step=2.ckpt")
+    assert records_of(again) == records_of(pruning)
+    assert again.records[0].tokens == 7 * TOKENS
