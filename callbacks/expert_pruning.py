@@ -114,7 +114,7 @@ class ExpertPruning(Callback):
         self.optimizer, self.cosine, self.min_lr_ratio = optimizer, cosine, min_lr_ratio
         self.seed, self.gradient_memory = seed, gradient_memory
         self._log = RoundLog(None if folder is None else Path(folder))
-        self._epochs = 0
+        self._epochs, self._ended = 0, False
         self._cut, self._rates = InFitCut(), list[Any]()
 
     @property
@@ -163,6 +163,7 @@ class ExpertPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = hugging_face_model(pl_module, "ExpertPruning")
         self._cut.check_unmasked(model)
+        self._ended = False
         if not self._log.whole:
             self._log.whole = [layer.shape for layer in find_moe_layers(model)]
             check_rounds(self._log.whole, self.schedule, self.scope, self.floor)
@@ -205,9 +206,19 @@ class ExpertPruning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = True
         self._log.end_round(self._measured(pl_module))
         if (done := len(self.records)) < len(self.schedule):
             rank_zero_warn(f"ExpertPruning: the fit ended after {done} of {len(self.schedule)} rounds.")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ended:
+            return
+        # With no step left, Lightning neither starts nor ends a training; by now it has taken the model off its device.
+        trainer.strategy.model_to_device()
+        self.on_train_end(trainer, pl_module)
+        pl_module.cpu()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -17,6 +17,7 @@ import lightning_moe.strategies  # noqa: F401 - registers moe_fsdp
 from lightning_moe.callbacks import ExpertPruning, HFCheckpoint
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import find_moe_layers
+from lightning_moe.pruning.round_record import read_records
 from tests.callbacks.foreign_fit import (
     ByNumber,
     Foreign,
@@ -98,13 +99,15 @@ def test_one_device_is_no_other_case(tmp_path: Path, strategy: str, optimizer: A
 
 @pytest.mark.parametrize("strategy", ["auto", *SHARED])
 def test_with_no_step_left_the_export_stays_pruned(tmp_path: Path, strategy: str) -> None:
-    """Lightning then starts no training, but exports are made of what it loaded."""
-    whole = pruning()
+    """Lightning then starts no training, but exports are made of what it loaded; the last record is as ever."""
+    evaluation = {"evaluation": loader(1, seed=9)}
+    whole = pruning(**evaluation)
     fit(Measured(), tmp_path, whole, HFCheckpoint(str(tmp_path / "whole")), saver(tmp_path), strategy=strategy)
-    again = pruning()
+    again = pruning(**evaluation, folder=tmp_path / "records")
     export = HFCheckpoint(str(tmp_path / "again"))
     fit(Measured(), tmp_path, again, export, max_steps=6, strategy=strategy, **saved(tmp_path, 6))
-    assert again.keep == whole.keep
+    assert again.records == read_records(tmp_path / "records" / "rounds.jsonl") == whole.records
+    assert again.records[-1].steps == 3 and "after_finetune" in again.records[-1].perplexity
     assert exported(tmp_path / "whole") == exported(tmp_path / "again") == 4
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert first == second
