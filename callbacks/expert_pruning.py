@@ -124,12 +124,11 @@ class ExpertPruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._log.state_dict() | {"epochs": self._epochs}
+        return self._log.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._log.load_state_dict(state_dict)
-        self._epochs = state_dict["epochs"]
 
     @property
     def records(self) -> list[RoundRecord]:
@@ -181,8 +180,10 @@ class ExpertPruning(Callback):
             )
 
         self._log.begin_fit(trainer.global_step)
+        self._epochs = trainer.current_epoch
         self._watch_optimizers(trainer)
-        if self.trigger.due(len(self.records), 0):
+        # Also what was due when a checkpoint was saved: Lightning ends no epoch again whose last batch was trained.
+        if self.trigger.due(len(self.records), self._now):
             self._round(trainer, pl_module)
 
     @override
@@ -200,7 +201,7 @@ class ExpertPruning(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epochs += 1
+        self._epochs = trainer.current_epoch + 1
         if self.trigger.unit == "epochs" and self.trigger.due(len(self.records), self._now):
             self._round(trainer, pl_module)
 
