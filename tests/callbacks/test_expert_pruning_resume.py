@@ -83,10 +83,17 @@ def test_a_killed_fit_goes_on(tmp_path: Path, settings: dict[str, Any]) -> None:
         assert len((tmp_path / f"from {step}" / "rounds.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("after_validation", [False, True], ids=["saved after training", "saved after validation"])
+EPOCH_SAVES: dict[str, dict[str, Any]] = {
+    "after training": {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": True},
+    "after validation": {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": False},
+    "after the last batch": {},
+}
+
+
+@pytest.mark.parametrize("saves", EPOCH_SAVES.values(), ids=EPOCH_SAVES)
 @pytest.mark.parametrize("optimizer", ["reset", "carry"])
-def test_a_fit_by_epochs_goes_on(tmp_path: Path, optimizer: Any, after_validation: bool) -> None:
-    """Also from a checkpoint that Lightning writes after an epoch's validation, before its end."""
+def test_a_fit_by_epochs_goes_on(tmp_path: Path, optimizer: Any, saves: dict[str, Any]) -> None:
+    """Also from a checkpoint that Lightning writes before an epoch's end, which it then leaves out."""
 
     class Validated(ByNumber):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -104,11 +111,8 @@ def test_a_fit_by_epochs_goes_on(tmp_path: Path, optimizer: Any, after_validatio
     whole = new(), pruning()
     fit(whole[0], tmp_path, whole[1], **data)
     assert steps_of(whole[1]) == [2, 6]
-    saving = saver(
-        tmp_path / "saved", every_n_train_steps=None, every_n_epochs=1, save_on_train_epoch_end=not after_validation
-    )
     with pytest.raises(Killed):
-        fit(new(kill_at=9), tmp_path, pruning(), saving, **data)
+        fit(new(kill_at=9), tmp_path, pruning(), saver(tmp_path / "saved", **saves), **data)
     for step in (2, 4, 6, 8):
         second = new(), pruning()
         fit(second[0], tmp_path, second[1], ckpt_path=tmp_path / "saved" / f"step={step}.ckpt", **data)
