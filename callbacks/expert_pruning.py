@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -14,13 +13,13 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens
+from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens, prepare
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
 from lightning_moe.callbacks.in_fit_cut import InFitCut, OptimizerChoice
 from lightning_moe.callbacks.in_fit_measure import in_fit_measure
 from lightning_moe.callbacks.round_log import RoundLog
 from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
-from lightning_moe.callbacks.scaled_rates import scale_rates
+from lightning_moe.callbacks.scaled_rates import RoundCosine
 from lightning_moe.criteria import Direction
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import find_moe_layers, hugging_face_model, parameters_left
@@ -103,6 +102,8 @@ class ExpertPruning(Callback):
                 raise InputError(f"ExpertPruning: {name} {value!r}: one of {', '.join(filter(None, known))}.")
         if not 0 <= min_lr_ratio <= 1:
             raise InputError(f"ExpertPruning: min_lr_ratio {min_lr_ratio}: between 0 and 1.")
+        if min_lr_ratio and not cosine:
+            raise InputError(f"ExpertPruning: min_lr_ratio {min_lr_ratio}: where a cosine ends; give cosine true.")
         self.schedule = make_schedule(ratio, rounds, spacing)
         self.trigger = RoundTrigger(len(self.schedule), unit, start, every, growth, at)
         if cosine and self.trigger.every is None:
@@ -111,11 +112,11 @@ class ExpertPruning(Callback):
             )
         self.calibration, self.evaluation = calibration, evaluation
         self.method, self.scope, self.direction, self.floor = method, scope, direction, floor
-        self.optimizer, self.cosine, self.min_lr_ratio = optimizer, cosine, min_lr_ratio
+        self.optimizer, self.cosine = optimizer, cosine
         self.seed, self.gradient_memory = seed, gradient_memory
         self._log = RoundLog(None if folder is None else Path(folder))
         self._epochs, self._ended = 0, False
-        self._cut, self._rates = InFitCut(), list[Any]()
+        self._cut, self._cosine = InFitCut(), RoundCosine(self._progress, min_lr_ratio)
 
     @property
     @override
@@ -148,6 +149,8 @@ class ExpertPruning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._cut.begin(trainer, pl_module)
+        if stage == "fit":
+            prepare((self.calibration, self.evaluation), trainer)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -223,9 +226,7 @@ class ExpertPruning(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for handle in self._rates:
-            handle.remove()
-        self._rates = []
+        self._cosine.end()
         self._cut.end()
 
     @override
@@ -284,12 +285,8 @@ class ExpertPruning(Callback):
             return in_fit_measure(hugging_face_model(pl_module, "ExpertPruning"), batches_of(self.evaluation))
 
     def _watch_optimizers(self, trainer: Trainer) -> None:
-        for handle in self._rates:  # they hold on to the optimisers before
-            handle.remove()
-        self._rates = []
-        for optimizer in trainer.optimizers if self.cosine else ():
-            self._rates += scale_rates(optimizer, self._cosine_factor)
+        if self.cosine:
+            self._cosine.watch(trainer.optimizers)
 
-    def _cosine_factor(self) -> float:
-        progress = self.trigger.progress(len(self.records), self._now)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    def _progress(self) -> float:
+        return self.trigger.progress(len(self.records), self._now)
