@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from lightning_moe.errors import InputError
+from lightning_moe.moe.ranks import on_all_ranks
 
 Batches = LightningDataModule | Iterable[Any]
 """A DataLoader or anything like it, or a datamodule, whose predict loader is used, or else its validation loader."""
@@ -32,11 +33,22 @@ def num_tokens(batch: Any, asker: str) -> int:
     raise TypeError(f"{asker}: to count tokens, batches must be mappings with `input_ids`, or tensors of token ids.")
 
 
+def prepare(sources: Iterable[Batches | None], trainer: Trainer) -> None:
+    """Let datamodules prepare their data as a fit's own does: once on each node, or once in all; others wait for it.
+
+    All ranks must call it. The Trainer's own has been prepared.
+    """
+    for source in {id(one): one for one in sources}.values():
+        own = source is trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(source, LightningDataModule) and not own:
+            first = trainer.local_rank == 0 and (source.prepare_data_per_node or trainer.node_rank == 0)
+            on_all_ranks(source.prepare_data if first else lambda: None)
+
+
 def batches_of(source: Batches) -> Iterable[Any]:
-    """The batches of a loader or a datamodule."""
+    """The batches of a loader or a datamodule, which is prepared."""
     if not isinstance(source, LightningDataModule):
         return source
-    source.prepare_data()
     for stage, name in (("predict", "predict_dataloader"), ("validate", "val_dataloader")):
         if getattr(type(source), name) is not getattr(LightningDataModule, name):
             source.setup(stage)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import find_moe_layers, hugging_face_model
 from lightning_moe.moe.non_uniform import stacked_parameters
 from lightning_moe.moe.surgery import keep_experts
@@ -20,7 +21,14 @@ def cut_to_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str
         experts = next(name for name, part in model.named_modules() if part is layer.experts)
         stack = next(iter(stacked_parameters(layer.experts)))
         stored = state_dict.get(f"{prefix}{path}.{experts}.{stack}")
-        if stored is not None and stored.shape[0] < layer.num_experts:
+        if stored is None:
+            continue
+        if stored.shape[0] > layer.num_experts:
+            raise InputError(
+                f"ExpertPruning: {layer.name} has {layer.num_experts} experts, its checkpoint {stored.shape[0]}; load "
+                "it into a new model, from which none was cut yet."
+            )
+        if stored.shape[0] < layer.num_experts:
             # Group-limited routers keep as many in each group.
             shape, stay = layer.shape, stored.shape[0] // layer.shape.num_groups
             firsts = range(0, shape.num_experts, shape.group_size)

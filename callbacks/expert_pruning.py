@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,19 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens
+from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens, prepare
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
 from lightning_moe.callbacks.in_fit_cut import InFitCut, OptimizerChoice
 from lightning_moe.callbacks.in_fit_measure import in_fit_measure
+from lightning_moe.callbacks.round_log import RoundLog
 from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
-from lightning_moe.callbacks.scaled_rates import scale_rates
+from lightning_moe.callbacks.scaled_rates import RoundCosine
 from lightning_moe.criteria import Direction
 from lightning_moe.errors import InputError
-from lightning_moe.moe.layers import LayerShape, find_moe_layers, hugging_face_model, parameters_left
-from lightning_moe.moe.ranks import rank
+from lightning_moe.moe.layers import find_moe_layers, hugging_face_model, parameters_left
 from lightning_moe.pruning.budget import Scope, make_plan
 from lightning_moe.pruning.plan import compose
-from lightning_moe.pruning.round_record import RoundRecord, make_record, write_records
+from lightning_moe.pruning.round_record import RoundRecord, make_record
 from lightning_moe.pruning.schedule import Spacing, check_rounds, make_schedule, round_seed
 from lightning_moe.search.in_memory import check_method, score_in_memory
 from lightning_moe.search.presets import preset_of
@@ -38,9 +36,9 @@ class ExpertPruning(Callback):
     """Prune the Hugging Face MoE inside a LightningModule, in one round or several, during a fit.
 
     A round scores the experts that are left on calibration text, drops the lowest, and gives the optimisers what is
-    new, see ``InFitCut``: on one process the weights are cut at once, on several (DDP, ``moe_fsdp``) the routers see
+    new, see ``InFitCut``: on one process the weights are cut at once, under DDP and ``moe_fsdp`` the routers see
     dropped experts no more. Each round is recorded in ``records``, in ``folder`` and in the logger under
-    ``expert_pruning/``. A fit that goes on from a checkpoint finds the model as it was, and the rounds done.
+    ``expert_pruning/``. A fit, validation or test from a checkpoint finds the model as it was, and the rounds done.
 
     Args:
         calibration: Batches to score on, with ``input_ids`` and, if padded, ``attention_mask``; see ``Batches``. All
@@ -104,6 +102,8 @@ class ExpertPruning(Callback):
                 raise InputError(f"ExpertPruning: {name} {value!r}: one of {', '.join(filter(None, known))}.")
         if not 0 <= min_lr_ratio <= 1:
             raise InputError(f"ExpertPruning: min_lr_ratio {min_lr_ratio}: between 0 and 1.")
+        if min_lr_ratio and not cosine:
+            raise InputError(f"ExpertPruning: min_lr_ratio {min_lr_ratio}: where a cosine ends; give cosine true.")
         self.schedule = make_schedule(ratio, rounds, spacing)
         self.trigger = RoundTrigger(len(self.schedule), unit, start, every, growth, at)
         if cosine and self.trigger.every is None:
@@ -112,15 +112,11 @@ class ExpertPruning(Callback):
             )
         self.calibration, self.evaluation = calibration, evaluation
         self.method, self.scope, self.direction, self.floor = method, scope, direction, floor
-        self.optimizer, self.cosine, self.min_lr_ratio = optimizer, cosine, min_lr_ratio
-        self.folder, self.seed = None if folder is None else Path(folder), seed
-        self.gradient_memory = gradient_memory
-        self.records: list[RoundRecord] = []
-        self.tokens = 0
-        """Trained on so far, over all ranks."""
-        self._whole: list[LayerShape] = []
-        self._step = self._epochs = self._tokens_at_round = 0
-        self._cut, self._rates = InFitCut(), list[Any]()
+        self.optimizer, self.cosine = optimizer, cosine
+        self.seed, self.gradient_memory = seed, gradient_memory
+        self._log = RoundLog(None if folder is None else Path(folder))
+        self._epochs, self._ended = 0, False
+        self._cut, self._cosine = InFitCut(), RoundCosine(self._progress, min_lr_ratio)
 
     @property
     @override
@@ -129,42 +125,55 @@ class ExpertPruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "records": [asdict(record) for record in self.records],
-            "whole": [asdict(shape) for shape in self._whole],
-            "tokens": self.tokens,
-            "tokens_at_round": self._tokens_at_round,
-            "epochs": self._epochs,
-        }
+        return self._log.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.records = [RoundRecord(**record) for record in state_dict["records"]]
-        self._whole = [LayerShape(**shape) for shape in state_dict["whole"]]
-        self.tokens, self._tokens_at_round = state_dict["tokens"], state_dict["tokens_at_round"]
-        self._epochs = state_dict["epochs"]
+        self._log.load_state_dict(state_dict)
+
+    @property
+    def records(self) -> list[RoundRecord]:
+        """Of the rounds so far."""
+        return self._log.records
 
     @property
     def keep(self) -> dict[str, list[int]]:
         """Kept experts of each layer, by their ids in the whole model."""
-        return self.records[-1].keep if self.records else {s.name: list(range(s.num_experts)) for s in self._whole}
+        return self._log.keep
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far, over all ranks."""
+        return self._log.tokens
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._cut.begin(trainer, pl_module)
+        if stage == "fit":
+            prepare((self.calibration, self.evaluation), trainer)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Not where a loop starts: with no step left the fit's never does, and the model is exported all the same.
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is not None:
+            self.load_state_dict(state)
+            self._log.step = checkpoint["global_step"]
+            self._cut.restore(hugging_face_model(pl_module, "ExpertPruning"), self._log.kept)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = hugging_face_model(pl_module, "ExpertPruning")
-        if not self._whole:
-            self._whole = [layer.shape for layer in find_moe_layers(model)]
-            check_rounds(self._whole, self.schedule, self.scope, self.floor)
+        self._cut.check_unmasked(model)
+        self._ended = False
+        if not self._log.whole:
+            self._log.whole = [layer.shape for layer in find_moe_layers(model)]
+            check_rounds(self._log.whole, self.schedule, self.scope, self.floor)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_fit_start: what a resumed fit knows is restored only after that, with some strategies all of it.
         model = hugging_face_model(pl_module, "ExpertPruning")
-        self._cut.restore(model, self.keep)
         found = [layer.shape.num_experts for layer in find_moe_layers(model)]
         left = [len(ids) for ids in self.keep.values()]
         if found != left:
@@ -173,9 +182,11 @@ class ExpertPruning(Callback):
                 f"{left}; make a new callback for a new model."
             )
 
-        self._step = trainer.global_step
+        self._log.begin_fit(trainer.global_step)
+        self._epochs = trainer.current_epoch
         self._watch_optimizers(trainer)
-        if self.trigger.due(len(self.records), 0):
+        # Also what was due when a checkpoint was saved: Lightning ends no epoch again whose last batch was trained.
+        if self.trigger.due(len(self.records), self._now):
             self._round(trainer, pl_module)
 
     @override
@@ -184,30 +195,38 @@ class ExpertPruning(Callback):
     ) -> None:
         with nullcontext() if self.trigger.unit == "tokens" else suppress(TypeError):
             tokens = torch.tensor(num_tokens(batch, "ExpertPruning"), device=pl_module.device)
-            self.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
-        if trainer.global_step == self._step:
+            self._log.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
+        if trainer.global_step == self._log.step:
             return  # gradients are being accumulated, and would be lost
-        self._step = trainer.global_step
+        self._log.step = trainer.global_step
         if self.trigger.unit != "epochs" and self.trigger.due(len(self.records), self._now):
             self._round(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epochs += 1
+        self._epochs = trainer.current_epoch + 1
         if self.trigger.unit == "epochs" and self.trigger.due(len(self.records), self._now):
             self._round(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_round(pl_module, self._measured(pl_module))
+        self._ended = True
+        self._log.end_round(self._measured(pl_module))
         if (done := len(self.records)) < len(self.schedule):
             rank_zero_warn(f"ExpertPruning: the fit ended after {done} of {len(self.schedule)} rounds.")
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ended:
+            return
+        # With no step left, Lightning neither starts nor ends a training; by now it has taken the model off its device.
+        trainer.strategy.model_to_device()
+        self.on_train_end(trainer, pl_module)
+        pl_module.cpu()
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for handle in self._rates:
-            handle.remove()
-        self._rates = []
+        self._cosine.end()
         self._cut.end()
 
     @override
@@ -216,31 +235,30 @@ class ExpertPruning(Callback):
 
     @property
     def _now(self) -> float:
-        return {"steps": self._step, "tokens": self.tokens, "epochs": self._epochs}[self.trigger.unit]
+        return {"steps": self._log.step, "tokens": self.tokens, "epochs": self._epochs}[self.trigger.unit]
 
     def _round(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = hugging_face_model(pl_module, "ExpertPruning")
         turn, before, seconds = len(self.records) + 1, self.keep, {}
         measured = {"before_prune": self._measured(pl_module)}
-        self._end_round(pl_module, measured["before_prune"])
+        self._log.end_round(measured["before_prune"])
         start = time.perf_counter()
         with trainer.precision_plugin.forward_context():
             seed, batches = round_seed(self.seed, turn), batches_of(self.calibration)
             scores = score_in_memory(model, batches, self.method, self.direction, seed, self.gradient_memory)
         seconds["estimate"] = time.perf_counter() - start
-        plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._whole)
+        plan = make_plan(scores, self.schedule.ratios[turn - 1], self.scope, self.floor, whole=self._log.whole)
         guests: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in guests:
             if isinstance(callback, HFCheckpoint):
                 callback.follow(trainer, pl_module)  # what has been saved is of the weights before the cut
         keep = compose(before, plan.keep)
-        self._cut.apply(trainer, model, plan.keep, keep, self.optimizer)
+        self._cut.apply(trainer, model, plan.keep, self.optimizer)
         if self.optimizer == "reset":
             self._watch_optimizers(trainer)
         seconds["prune"] = time.perf_counter() - start - seconds["estimate"]
         measured["after_prune"] = self._measured(pl_module)
-        self._tokens_at_round = self.tokens
-        self.records.append(
+        self._log.begin_round(
             make_record(
                 before,
                 keep,
@@ -254,31 +272,11 @@ class ExpertPruning(Callback):
                 made_by=plan.made_by | {"step": trainer.global_step},
             )
         )
-        self._write()
         figures = {"experts": sum(map(len, keep.values())), "ratio": self.schedule.ratios[turn - 1]}
         figures |= {f"perplexity_{name}": one["perplexity"]["all"] for name, one in measured.items() if one}
         named = {f"expert_pruning/{name}": value for name, value in figures.items()}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=trainer.global_step)
-
-    def _end_round(self, pl_module: LightningModule, measured: dict[str, Any] | None) -> None:
-        """Add to the last record what the training after it came to."""
-        if not self.records:
-            return
-        last = self.records[-1]
-        moments = {"after_finetune": measured} if measured else {}
-        self.records[-1] = replace(
-            last,
-            tokens=self.tokens - self._tokens_at_round,
-            steps=self._step - last.made_by["step"],
-            perplexity=last.perplexity | {name: one["perplexity"] for name, one in moments.items()},
-            load=last.load | {name: one["load"] for name, one in moments.items()},
-        )
-        self._write()
-
-    def _write(self) -> None:
-        if self.folder is not None and rank() == 0:
-            write_records(self.folder / "rounds.jsonl", self.records)
 
     def _measured(self, pl_module: LightningModule) -> dict[str, Any] | None:
         if self.evaluation is None:
@@ -287,12 +285,8 @@ class ExpertPruning(Callback):
             return in_fit_measure(hugging_face_model(pl_module, "ExpertPruning"), batches_of(self.evaluation))
 
     def _watch_optimizers(self, trainer: Trainer) -> None:
-        for handle in self._rates:  # they hold on to the optimisers before
-            handle.remove()
-        self._rates = []
-        for optimizer in trainer.optimizers if self.cosine else ():
-            self._rates += scale_rates(optimizer, self._cosine_factor)
+        if self.cosine:
+            self._cosine.watch(trainer.optimizers)
 
-    def _cosine_factor(self) -> float:
-        progress = self.trigger.progress(len(self.records), self._now)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    def _progress(self) -> float:
+        return self.trigger.progress(len(self.records), self._now)

@@ -30,10 +30,17 @@ class RoundTrigger:
         self.every: float | None
         """Length of the last round, which ends where no other begins; None where nothing says it."""
         if at is not None:
-            if start or every is not None or list(at) != sorted(set(at)) or len(at) != rounds or min(at) < 0:
+            if (
+                start
+                or every is not None
+                or growth != 1
+                or list(at) != sorted(set(at))
+                or len(at) != rounds
+                or min(at) < 0
+            ):
                 raise InputError(
-                    f"ExpertPruning: at {list(at)}: the moment of each of the {rounds} rounds, ascending; start and "
-                    "every are then left out."
+                    f"ExpertPruning: at {list(at)}: the moment of each of the {rounds} rounds, ascending; start, "
+                    "every and growth are then left out."
                 )
             self.moments = [float(one) for one in at]
             self.every = self.moments[-1] - self.moments[-2] if rounds > 1 else None

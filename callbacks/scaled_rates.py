@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+
+class RoundCosine:
+    """Multiplies learning rates by a cosine from 1 down to ``lowest`` while ``progress()`` goes from 0 to 1."""
+
+    def __init__(self, progress: Callable[[], float], lowest: float) -> None:
+        self._progress, self._lowest = progress, lowest
+        self._handles: list[Any] = []
+
+    def watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Scale these from now on, and none that came before, which hold on to their weights."""
+        self.end()
+        for optimizer in optimizers:
+            self._handles += scale_rates(optimizer, self._factor)
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _factor(self) -> float:
+        return self._lowest + (1 - self._lowest) * 0.5 * (1 + math.cos(math.pi * self._progress()))
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, factor: Callable[[], float]) -> list[Any]:

@@ -177,7 +177,7 @@ def test_scores_are_those_of_an_ordinary_observation(tmp_path: Path, method: str
         record = pruning.records[turn]
         for name, score_E in expected.scores.items():
             assert record.scores[name] == dict(zip(map(str, kept[name]), score_E.tolist(), strict=True))
-        keep = make_plan(expected, record.ratio, "layer", whole=tuple(pruning._whole)).keep
+        keep = make_plan(expected, record.ratio, "layer", whole=tuple(pruning._log.whole)).keep
         kept = {name: [kept[name][place] for place in ids] for name, ids in keep.items()}
         assert record.keep == kept
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -142,6 +142,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"spacing": "linear", "rounds": 2, "every": 1}, "spacing"),
     ({"optimizer": "keep"}, "optimizer"),
     ({"min_lr_ratio": 1.5}, "min_lr_ratio"),
+    ({"min_lr_ratio": 0.5}, "min_lr_ratio 0.5: where a cosine ends"),
+    ({"rounds": 2, "at": [0, 5], "growth": 2.0}, "start, every and growth are then left out"),
     ({"cosine": True}, "cosine"),
     ({"cosine": True, "at": [3]}, "cosine"),
     ({"unit": "batches"}, "unit"),
@@ -232,35 +234,6 @@ def test_rounds_by_tokens_say_what_they_need(tmp_path: Path) -> None:
     pruning = ExpertPruning(calibration(), 0.25, method="rwn", unit="tokens", start=2 * TOKENS)
     with pytest.raises(TypeError, match="ExpertPruning: to count tokens"):
         fit(OtherNames(small_model()), tmp_path, pruning, data=data)
-
-
-@pytest.mark.parametrize("loaders", ["predict", "validation"])
-def test_text_from_a_datamodule(tmp_path: Path, loaders: str) -> None:
-    """Its predict loader, or else that of validation, set up for it."""
-    asked: list[str] = []
-
-    class Predicting(LightningDataModule):
-        def setup(self, stage: str) -> None:
-            asked.append(stage)
-
-        def predict_dataloader(self) -> Any:
-            return calibration()
-
-    class Validating(LightningDataModule):
-        def setup(self, stage: str) -> None:
-            asked.append(stage)
-
-        def val_dataloader(self) -> Any:
-            return calibration()
-
-    found, plain = (
-        ExpertPruning(text, 0.5, method="ean", start=1)
-        for text in ((Predicting if loaders == "predict" else Validating)(), calibration())
-    )
-    for pruning in (found, plain):
-        fit(Foreign(small_model()), tmp_path, pruning, max_steps=1)
-    assert asked == ["predict" if loaders == "predict" else "validate"]
-    assert found.records[0].scores == plain.records[0].scores
 
 
 def test_text_as_a_config_says_it(tmp_path: Path) -> None:

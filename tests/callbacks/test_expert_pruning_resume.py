@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
 from lightning_moe.callbacks import ExpertPruning, HFCheckpoint, RouterRebalance
 from lightning_moe.errors import InputError
 from tests.callbacks.foreign_fit import (
-    Batches,
-    Foreign,
+    TOKENS,
+    ByNumber,
     Killed,
     calibration,
     counts,
@@ -24,13 +23,6 @@ from tests.callbacks.foreign_fit import (
     small_model,
     steps_of,
 )
-
-
-class ByNumber(Foreign):
-    """A fit that goes on reads a plain DataLoader from its start again; this module takes each batch by its number."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(Batches(batch_idx + 1)[-1], batch_idx)
 
 
 def module(kill_at: int | None = None) -> ByNumber:
@@ -91,10 +83,17 @@ def test_a_killed_fit_goes_on(tmp_path: Path, settings: dict[str, Any]) -> None:
         assert len((tmp_path / f"from {step}" / "rounds.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("after_validation", [False, True], ids=["saved after training", "saved after validation"])
+EPOCH_SAVES: dict[str, dict[str, Any]] = {
+    "after training": {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": True},
+    "after validation": {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": False},
+    "after the last batch": {},
+}
+
+
+@pytest.mark.parametrize("saves", EPOCH_SAVES.values(), ids=EPOCH_SAVES)
 @pytest.mark.parametrize("optimizer", ["reset", "carry"])
-def test_a_fit_by_epochs_goes_on(tmp_path: Path, optimizer: Any, after_validation: bool) -> None:
-    """Also from a checkpoint that Lightning writes after an epoch's validation, before its end."""
+def test_a_fit_by_epochs_goes_on(tmp_path: Path, optimizer: Any, saves: dict[str, Any]) -> None:
+    """Also from a checkpoint that Lightning writes before an epoch's end, which it then leaves out."""
 
     class Validated(ByNumber):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -112,11 +111,8 @@ def test_a_fit_by_epochs_goes_on(tmp_path: Path, optimizer: Any, after_validatio
     whole = new(), pruning()
     fit(whole[0], tmp_path, whole[1], **data)
     assert steps_of(whole[1]) == [2, 6]
-    saving = saver(
-        tmp_path / "saved", every_n_train_steps=None, every_n_epochs=1, save_on_train_epoch_end=not after_validation
-    )
     with pytest.raises(Killed):
-        fit(new(kill_at=9), tmp_path, pruning(), saving, **data)
+        fit(new(kill_at=9), tmp_path, pruning(), saver(tmp_path / "saved", **saves), **data)
     for step in (2, 4, 6, 8):
         second = new(), pruning()
         fit(second[0], tmp_path, second[1], ckpt_path=tmp_path / "saved" / f"step={step}.ckpt", **data)
@@ -198,3 +194,17 @@ def test_another_model_is_no_continuation(tmp_path: Path) -> None:
         assert "\n" not in str(error)  # to refuse is as good
     else:
         assert counts(second.inner) == [4, 4]
+
+
+def test_steps_count_over_several_fits(tmp_path: Path) -> None:
+    """As tokens do: each Trainer counts from 0 again; and the second fit goes on from its checkpoints, too."""
+    own = module()
+    pruning = ExpertPruning(calibration(), 0.5, [0.25, 0.5], "ean", at=[2, 9])
+    fit(own, tmp_path, pruning, data=loader(6))
+    assert [record.steps for record in pruning.records] == [4]
+    fit(own, tmp_path, pruning, saver(tmp_path / "saved"), data=loader(3))
+    assert [record.steps for record in pruning.records] == [7]
+    again = ExpertPruning(calibration(), 0.5, [0.25, 0.5], "ean", at=[2, 9])
+    fit(module(), tmp_path, again, data=loader(3), ckpt_path=tmp_path / "saved" / "step=2.ckpt")
+    assert records_of(again) == records_of(pruning)
+    assert again.records[0].tokens == 7 * TOKENS
