@@ -74,6 +74,7 @@ class ImportanceFigures(Callback):
         self.every_n_steps, self.ratio, self.floor = every_n_steps, ratio, floor
         self.curve = ImportanceCurve(every_n_steps)
         """The snapshots so far."""
+        self._ended = False
 
     @property
     @override
@@ -90,6 +91,7 @@ class ImportanceFigures(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = False
         logits = _checked(_part_with_importance(pl_module).importance_logits())
         if self.ratio is not None:  # a ratio that these layers do not allow is told now, not after the search
             self._highest({name: alpha_E.detach() for name, (alpha_E, _) in logits.items()}, self.ratio)
@@ -105,6 +107,7 @@ class ImportanceFigures(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = True
         self._snapshot(trainer, pl_module)
         keep = self._kept(pl_module)
         if not trainer.is_global_zero:
@@ -117,6 +120,11 @@ class ImportanceFigures(Callback):
         for logger in trainer.loggers:
             for name, figure in figures.items():
                 log_figure(logger, f"importance/{name}", figure, trainer.global_step)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._ended:  # killed before it ended: with no step left, Lightning neither starts nor ends a training
+            self.on_train_end(trainer, pl_module)
 
     def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # On all ranks, since sharded logits need them all.

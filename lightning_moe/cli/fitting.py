@@ -45,9 +45,6 @@ def fit_steps(
         print(f"Going on from {what} {step_of(last)} of an earlier run.")
     with _own_loop(trainer, [*callbacks, saves], steps, epochs, settings):
         trainer.fit(module, datamodule=data, ckpt_path=None if last is None else str(last))
-        if last is not None and step_of(last) >= steps:
-            for callback in callbacks:  # with no step left, Lightning neither starts nor ends a training
-                callback.on_train_end(trainer, module)
         return trainer.global_step
 
 

@@ -2,124 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 import struct
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
-from torch.utils.data import DataLoader
 
 from lightning_moe.callbacks import ImportanceFigures
-from lightning_moe.callbacks.importance_curve import MOST_SNAPSHOTS, ImportanceCurve
-from lightning_moe.callbacks.importance_panels import _short_names, experts
-
-EXPERTS = (4, 6, 4)
-FIGURES = {"curves", "distributions", "experts"}
-STEPS = 6
-
-
-class Gates(nn.Module):
-    """Somebody's way to hold alpha and beta; layers differ in E."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.a = nn.ParameterList([nn.Parameter(torch.zeros(count, dtype=dtype)) for count in EXPERTS])
-        self.b = nn.Parameter(torch.ones(len(EXPERTS), dtype=dtype))
-
-    def importance_logits(self) -> Mapping[str, tuple[Tensor, Tensor]]:
-        return {f"blocks.{10 * i}.moe": (alpha, self.b[i]) for i, alpha in enumerate(self.a)}
-
-
-class Foreign(LightningModule):
-    """Somebody's search, with an optimiser each for alpha and beta: Lightning counts two steps a batch."""
-
-    def __init__(self, gates: nn.Module) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.parts = nn.ModuleList([nn.Linear(2, 2), gates])
-        self.targets = [torch.randn(count, generator=torch.Generator().manual_seed(count)) for count in EXPERTS]
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        gates: Any = self.parts[1]
-        loss = sum((alpha - target).square().sum() for alpha, target in zip(gates.a, self.targets, strict=True))
-        loss = loss + (gates.b - torch.arange(len(EXPERTS))).square().sum()
-        self.manual_backward(loss)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def configure_optimizers(self) -> Any:
-        gates: Any = self.parts[1]
-        return [torch.optim.SGD(gates.a.parameters(), lr=0.02), torch.optim.SGD([gates.b], lr=0.02)]
-
-
-class Dense(LightningModule):
-    """Has no importance."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.weight * 1
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class PlainOwner(Dense):
-    """Offers the logits on the LightningModule itself."""
-
-    def __init__(self, logits: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def importance_logits(self) -> Mapping[str, tuple[Tensor, Tensor]]:
-        return self.logits
-
-
-class Planner(PlainOwner):
-    """Knows the plan, too."""
-
-    def kept_experts(self) -> Mapping[str, Sequence[int]]:
-        return {name: [2, 0] for name in self.logits}
-
-
-def fit(module: LightningModule, *callbacks: Any, **kwargs: Any) -> Trainer:
-    settings: dict[str, Any] = {"logger": False, "max_epochs": 1, "enable_checkpointing": False} | kwargs
-    ckpt_path = settings.pop("ckpt_path", None)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **settings,
-    )
-    trainer.fit(module, DataLoader(torch.zeros(STEPS, 1)), ckpt_path=ckpt_path)  # type: ignore[arg-type]
-    return trainer
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "importance.csv").open() as lines:
-        return list(csv.DictReader(lines))
-
-
-def assert_same(one: ImportanceCurve, other: ImportanceCurve) -> None:
-    assert one.steps == other.steps
-    assert one.betas == other.betas
-    assert list(one.alphas) == list(other.alphas)
-    assert all(torch.equal(one.alpha_SE(name), other.alpha_SE(name)) for name in one.alphas)
+from lightning_moe.callbacks.importance_curve import ImportanceCurve
+from tests.callbacks.importance_fit import (
+    EXPERTS,
+    FIGURES,
+    STEPS,
+    Dense,
+    Foreign,
+    Gates,
+    PlainOwner,
+    Planner,
+    assert_same,
+    fit,
+    rows,
+)
 
 
 def test_the_files_are_there(tmp_path: Path) -> None:
@@ -210,94 +118,6 @@ def test_resume_keeps_the_curve(tmp_path: Path) -> None:
         assert (tmp_path / "parts" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_a_step_back_forgets_what_came_after() -> None:
-    curve = ImportanceCurve(1)
-    for step in (0, 1, 2, 3, 1):
-        curve.add(step, {"moe": (torch.full((2,), float(step)), torch.tensor(10.0 * step))})
-    assert curve.steps == [0, 1]
-    assert curve.alpha_SE("moe").tolist() == [[0, 0], [1, 1]]
-    assert curve.betas["moe"] == [0, 10]
-
-
-def test_memory_is_bounded() -> None:
-    """However long the search: at most so many snapshots, evenly spaced from the first on, the newest among them."""
-    curve = ImportanceCurve(1)
-    for step in range(2000):
-        if curve.is_due(step):
-            curve.add(step, {"moe": (torch.full((2,), float(step)), torch.tensor(1.0))})
-            assert len(curve.steps) <= MOST_SNAPSHOTS
-            assert curve.steps[-1] == step
-    assert len(curve.steps) >= MOST_SNAPSHOTS // 2
-    assert curve.steps == list(range(0, 2000, 8))
-    assert curve.alpha_SE("moe")[:, 0].tolist() == curve.steps
-    again = ImportanceCurve(1)
-    again.load_state_dict(curve.state_dict())
-    assert_same(again, curve)
-    assert again.spacing == curve.spacing == 8
-
-
-def test_snapshots_are_copies() -> None:
-    """Optimisers write in place."""
-    alpha, beta = torch.zeros(2), torch.ones(())
-    curve = ImportanceCurve(1)
-    curve.add(0, {"moe": (alpha, beta)})
-    alpha += 1
-    assert curve.alpha_SE("moe").tolist() == [[0, 0]]
-
-
-class Board(DummyLogger):
-    """As TensorBoardLogger: figures go to the experiment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.got: dict[str, tuple[Any, int]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
-
-    @property
-    def experiment(self) -> Any:
-        return self
-
-    def add_figure(self, tag: str, figure: Any, global_step: int) -> None:
-        self.got[tag] = figure, global_step
-
-
-class Images(Board):
-    """As WandbLogger: a list of images under a key."""
-
-    add_figure = None  # type: ignore[assignment]
-
-    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        assert len(images) == 1 and step is not None
-        self.got[key] = images[0], step
-
-
-def test_each_logger_gets_what_it_takes(tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    board, images = Board(), Images()
-    loggers = [board, images, CSVLogger(tmp_path), DummyLogger()]
-    fit(Foreign(Gates()), ImportanceFigures(ratio=0.5), logger=loggers)
-    for logger in (board, images):
-        assert set(logger.got) == {f"importance/{name}" for name in FIGURES}
-        assert {step for _, step in logger.got.values()} == {2 * STEPS}
-    assert all(isinstance(figure, Figure) for figure, _ in board.got.values())
-    for image, _ in images.got.values():
-        assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 10
-    assert not list(tmp_path.rglob("*.png"))
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    fit(Foreign(Gates()), ImportanceFigures(), logger=TensorBoardLogger(tmp_path))
-    (events,) = tmp_path.rglob("events*")
-    assert set(EventAccumulator(str(events)).Reload().Tags()["images"]) == {f"importance/{name}" for name in FIGURES}
-
-
 def test_no_importance_is_said_before_training() -> None:
     with pytest.raises(TypeError, match=r"neither Dense nor a module inside it has .* importance_logits\(\)"):
         fit(Dense(), ImportanceFigures())
@@ -348,27 +168,3 @@ def test_sharded_logits_are_gathered(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     assert type(curve.alphas["moe"][0]) is Tensor
     assert curve.alpha_SE("moe").tolist() == [[0, 1, 2, 3]]
-
-
-def test_marks_lie_on_the_kept() -> None:
-    gates = {"a.0.moe": torch.ones(3), "a.1.moe": torch.tensor([2.0, 0.5])}
-    figure = experts(gates, {"a.0.moe": [2], "a.1.moe": [0, 1]})
-    heat, bars, *_ = figure.axes
-    assert heat.get_title() == "importance of 5 experts; a dot marks the 3 kept (60.0%)"
-    assert heat.collections[0].get_offsets().tolist() == [[2, 0], [0, 1], [1, 1]]  # type: ignore[union-attr]
-    assert [text.get_text() for text in bars.texts] == ["1", "2"]
-    assert [label.get_text() for label in heat.get_yticklabels()] == ["0", "1"]
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["m.layers.3.mlp", "m.layers.11.mlp"], ("MoE layer (m.layers.*.mlp)", ["3", "11"])),
-        (["first", "second"], ("MoE layer", ["first", "second"])),
-        (["m.mlp"], ("MoE layer", ["m.mlp"])),
-        (["m.0", "m.0.moe"], ("MoE layer (m.*)", ["0", "0.moe"])),
-        (["a.x.mlp", "b.y.z.mlp"], ("MoE layer (*.mlp)", ["a.x", "b.y.z"])),
-    ],
-)
-def test_short_names(names: list[str], expected: tuple[str, list[str]]) -> None:
-    assert _short_names(names) == expected
