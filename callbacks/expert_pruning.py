@@ -156,7 +156,7 @@ class ExpertPruning(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Not where a loop starts: with no step left the fit's never does, and the model is exported all the same.
         state = checkpoint["callbacks"].get(self.state_key)
-        if state is not None:
+        if state is not None and state["whole"]:  # else it was saved before any fit
             self.load_state_dict(state)
             self._log.step = checkpoint["global_step"]
             self._cut.restore(hugging_face_model(pl_module, "ExpertPruning"), self._log.kept)

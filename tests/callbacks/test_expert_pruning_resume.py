@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_moe.callbacks import ExpertPruning, HFCheckpoint, RouterRebalance
@@ -208,3 +209,16 @@ def test_steps_count_over_several_fits(tmp_path: Path) -> None:
     fit(module(), tmp_path, again, data=loader(3), ckpt_path=tmp_path / "saved" / "step=2.ckpt")
     assert records_of(again) == records_of(pruning)
     assert again.records[0].tokens == 7 * TOKENS
+
+
+class SavesEarly(Callback):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "early.ckpt")
+
+
+def test_a_checkpoint_of_before_the_first_look_at_the_model(tmp_path: Path) -> None:
+    """It knows no layers and no rounds; the fit that goes on from it is a whole one."""
+    whole, again = (ExpertPruning(calibration(), 0.5, method="ean", start=2) for _ in range(2))
+    fit(module(), tmp_path, SavesEarly(), whole)
+    fit(module(), tmp_path, again, ckpt_path=tmp_path / "early.ckpt")
+    assert again.keep == whole.keep and len(again.records) == 1
