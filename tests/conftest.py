@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -20,7 +21,9 @@ from lightning_moe.cli.plugins import load_plugins
 from lightning_moe.moe import skipping
 
 # What a helper asserts is told in as much detail as what a test does.
-pytest.register_assert_rewrite("tests.helpers", "tests.callbacks.foreign_fit", "tests.search.tiny_search")
+pytest.register_assert_rewrite(
+    *(f"tests.{folder.name}" for folder in Path(__file__).parent.iterdir() if folder.is_dir())
+)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
