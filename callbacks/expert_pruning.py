@@ -50,7 +50,8 @@ class ExpertPruning(Callback):
         direction: Which end of a criterion goes; default as its paper has it.
         floor: Fewest experts a layer keeps under global scope; default is what its router needs.
         spacing: Rounds of one size, or small first and last.
-        unit: Of the moments below: optimiser ``steps``, ``tokens`` seen, or ``epochs`` ended.
+        unit: Of the moments below: optimiser ``steps`` or ``epochs`` ended, as the Trainer counts them, or ``tokens``
+            seen, which add up over fits.
         start: Moment of the first round; 0 is the start of the fit.
         every: From the first round to the second.
         growth: Each further distance over the one before; 2 doubles the budget from round to round (MC-Suite).
@@ -219,10 +220,13 @@ class ExpertPruning(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._ended:
             return
-        # With no step left, Lightning neither starts nor ends a training; by now it has taken the model off its device.
+        # With no step left, Lightning neither starts nor ends a training; by now most strategies have taken the model
+        # off its device.
+        found = pl_module.device
         trainer.strategy.model_to_device()
         self.on_train_end(trainer, pl_module)
-        pl_module.cpu()
+        if pl_module.device != found:
+            pl_module.to(found)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -19,6 +19,7 @@ from lightning_moe.files import clear_partial, remove, write_json
 from lightning_moe.moe.checkpoints import load_tokenizer
 from lightning_moe.moe.export import export_model
 from lightning_moe.moe.layers import hugging_face_model
+from lightning_moe.moe.ranks import on_all_ranks
 
 SUFFIX = "-hf"
 """What the folder beside ``NAME.ckpt`` is called more than ``NAME``."""
@@ -35,8 +36,8 @@ class HFCheckpoint(Callback):
     when the checkpoint goes.
 
     A kill may come between a checkpoint and its export. The fit that goes on from one of its own checkpoints makes that
-    one's export if it is missing or of other weights, removes the exports of others that hold other weights or whose
-    checkpoint is gone, and warns of checkpoints without one.
+    one's export if it is missing or of other weights, removes the exports of others that hold other weights, and warns
+    of checkpoints without an export and of exports without a checkpoint.
 
     Args:
         folder: Where the model goes when a fit ends, besides; replaced as a whole by each export.
@@ -103,7 +104,7 @@ class HFCheckpoint(Callback):
         if not self._settled:
             # Not in on_train_start: there is none where no step is left, and other callbacks restore the model in it.
             self._settled = True
-            due += trainer.strategy.broadcast(self._settle(trainer, found, due) if trainer.is_global_zero else [])
+            due += self._settle(trainer, found, due)
         for file in due:
             self._export(pl_module, _beside(file))
             if trainer.is_global_zero:
@@ -114,12 +115,16 @@ class HFCheckpoint(Callback):
         self._known = found
 
     def _settle(self, trainer: Trainer, found: Collection[Path], due: Collection[Path]) -> list[Path]:
-        """See to what a kill left, on rank 0, and say which checkpoints get their export from the model in memory."""
+        """See to what a kill left, and say which checkpoints get their export from the model in memory."""
+        mine = on_all_ranks(lambda: self._settled_here(trainer, found, due) if trainer.is_global_zero else [])
+        return trainer.strategy.broadcast(mine)
+
+    def _settled_here(self, trainer: Trainer, found: Collection[Path], due: Collection[Path]) -> list[Path]:
         begun = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
         own = [file for file in found if file.resolve() == begun]
         if not own:
             return []
-        missing = []
+        missing, lone = [], []
         for file in found:
             export = _beside(file)
             clear_partial(export)
@@ -131,11 +136,15 @@ class HFCheckpoint(Callback):
         for export in {export for folder in _folders(trainer) for export in folder.rglob(f"*{SUFFIX}")}:
             file = export.with_name(export.name.removesuffix(SUFFIX) + ".ckpt")
             if not file.exists() and _read_record(export).get("checkpoint") == file.name:
-                _discard(export)
+                lone.append(export.name)
         if missing:
             rank_zero_warn(
                 f"HFCheckpoint: no export of {', '.join(missing)}, whose model is not in memory; a fit that goes on "
                 "from such a checkpoint makes its export."
+            )
+        if lone:
+            rank_zero_warn(
+                f"HFCheckpoint: beside no checkpoint any more: {', '.join(sorted(lone))}; remove what you do not want."
             )
         return [file for file in own if file not in due and not _is_exported(file)]
 

@@ -38,7 +38,9 @@ class RoundLog:
         self.records = [RoundRecord(**record) for record in state_dict["records"]]
         self.whole = [LayerShape(**shape) for shape in state_dict["whole"]]
         self.tokens, self._tokens_at_round = state_dict["tokens"], state_dict["tokens_at_round"]
-        self._step_at_round = state_dict["step_at_round"]
+        # Checkpoints of before there was this name say it in the record, of a fit that went on unbroken.
+        last = self.records[-1].made_by["step"] if self.records else 0
+        self._step_at_round = state_dict.get("step_at_round", last)
 
     @property
     def keep(self) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ Unit = Literal["steps", "tokens", "epochs"]
 
 
 class RoundTrigger:
-    """The moment of each round, in optimiser steps, tokens seen or epochs ended since the start of the fit.
+    """The moment of each round, in optimiser steps or epochs ended, as the Trainer counts them, or in tokens seen.
 
     Args:
         rounds: How many.

@@ -189,14 +189,15 @@ class RouterRebalance(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         moved = kept = 0
         for name, whole in self._widened.items():
-            before, after = local(whole), local(pl_module.get_parameter(name).data)
+            # Wherever they are: some strategies have taken the model off its device by now.
+            before, after = local(whole).cpu(), local(pl_module.get_parameter(name).data).cpu()
             if before.shape == after.shape:  # else experts have gone
                 moved += int(torch.count_nonzero(after != before))
                 kept += int(torch.count_nonzero(after.to(before.dtype) != before))
         if kept < moved / 2 and trainer.is_global_zero:
             print(
-                f"note: RouterRebalance: of {moved:,} weights that learned, {moved - kept:,} are as they were once "
-                "they are in 16 bits again; give a higher learning rate, or load the model in float32."
+                f"note: RouterRebalance: of {moved:,} weights that learned here, {moved - kept:,} are as they were "
+                "once they are in 16 bits again; give a higher learning rate, or load the model in float32."
             )
 
     @override

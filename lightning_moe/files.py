@@ -97,8 +97,10 @@ def remove(path: Path) -> None:
     gone = path if path.suffix == GONE else path.with_name(f".{path.name}{GONE}")
     shutil.rmtree(gone, ignore_errors=True)
     if path.is_dir() and not path.is_symlink():
-        path.replace(gone)
+        with suppress(OSError):  # what was removed before is still there, as where NFS keeps files that are mapped
+            path.replace(gone)
         shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -71,7 +71,12 @@ def _same_layers(places: Sequence[str], plans: Sequence[PruningPlan]) -> list[Ke
     """What they keep, if all name the same layers. Raises ``InputError`` where one keeps a layer whole."""
     for place, plan in zip(places, plans, strict=True):
         for named_in, other in zip(places, plans, strict=True):
-            for name in other.keep.keys() - plan.keep.keys():
+            if other.keep and plan.keep and not other.keep.keys() & plan.keep.keys():
+                raise InputError(
+                    f"--plans: {place} and {named_in} name no layer in common; if all are for one model, give it by "
+                    "--model.path."
+                )
+            for name in (one for one in other.keep if one not in plan.keep):
                 raise InputError(
                     f"--plans: {place} leaves out {name}, which {named_in} names; there all experts stay, and no plan "
                     "says how many these are: give --model.path, the model that all are for."

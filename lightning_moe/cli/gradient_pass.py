@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +62,7 @@ def forget_gradients(folder: Path) -> None:
     for file in folder.glob("gradients-*.safetensors"):
         file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
-        shutil.rmtree(folder)
+        folder.rmdir()
 
 
 def _file(folder: Path, layer: str) -> Path:

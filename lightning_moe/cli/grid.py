@@ -40,7 +40,7 @@ class Cell:
     schedule: RoundSchedule | None = None
     """Of the run that the cell is one moment of; None for one cut."""
     recipe: str = ""
-    """Stands for the schedule and all else that decides the result; empty for one cut on one rank."""
+    """Stands for the schedule, and for what else decides the result where something is tuned or searched."""
 
     @property
     def method_name(self) -> str:

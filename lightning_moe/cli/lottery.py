@@ -76,7 +76,8 @@ def prune_in_rounds(
     asked = asked_of | cut.asked() | {"seed": seed()} | asked_data(data)
     asked |= asked_validation(validation) | options.asked()
     if method.needs_text or options.tokens:
-        asked |= asked_batches(trainer, data) | {"gradient_clip_val": trainer.gradient_clip_val} | clipping(trainer)
+        # None where it is as usual: so it stands in what was asked before.
+        asked |= asked_batches(trainer, data) | {"gradient_clip_val": None} | clipping(trainer)
     if method.needs_text:
         asked |= {"search": method.settings}
     run = RunFolder(out, "prune", asked, overwrite)

@@ -111,8 +111,8 @@ class MeasuringCommands(Trainer):
             overwrite: Replace the results of another request in that folder.
         """
         options = RoundOptions(rounds, spacing, finetune_tokens, finetune_growth, finetune_path, finetune_lr, recovery)
-        learning = self.world_size, clipping(self)
-        grid = make_grid(methods, ratios, scopes, seeds, seed(), strategies, options, *learning)
+        ranks, clips = self.world_size, clipping(self)
+        grid = make_grid(methods, ratios, scopes, seeds, seed(), strategies, options, ranks=ranks, clipping=clips)
         compare(self, model, datamodule, out, grid, overwrite, options)
 
     def agreement(

@@ -83,7 +83,7 @@ class Method:
         return re.sub(r"[^\w.+-]", "-", self.name)
 
     def key(self, ratio: float, seed: int | None, ranks: int = 1) -> str:
-        """The name of one result, fit for a file: equal keys are the same work, on any number of ranks that matters."""
+        """The name of one result, fit for a file; equal keys are the same work. ``ranks`` count if ``batchwise``."""
         words = [
             self.file_name,
             *([self.settings] if self.settings else []),

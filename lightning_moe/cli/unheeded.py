@@ -17,7 +17,7 @@ LENGTHS = {"max_steps": -1, "max_epochs": None, "min_steps": None, "min_epochs":
 """How long the Trainer would fit, where nothing is said."""
 
 TOKENS = "--finetune_tokens says how long to tune"
-UPDATES = "a search takes as many updates as its preset, or `search --updates`, says"
+UPDATES = "a search says itself how many updates it takes (`search --updates`)"
 
 
 def refuse_other_lengths(trainer: Trainer, data: TextDataModule, length: str) -> None:
@@ -39,7 +39,7 @@ def refuse_other_tuning(
     """Raise ``InputError`` for settings of ``fit`` that would not be those of the tuning.
 
     ``tuning`` is what the tuning gives the model's class. A learning rate of ``fit`` may stand where the tuning is
-    given one of its own, so that both can share a config.
+    given one of its own.
     """
     refuse_other_lengths(trainer, data, TOKENS)
     batches = trainer.accumulate_grad_batches

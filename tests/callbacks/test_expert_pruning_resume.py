@@ -222,3 +222,14 @@ def test_a_checkpoint_of_before_the_first_look_at_the_model(tmp_path: Path) -> N
     fit(module(), tmp_path, SavesEarly(), whole)
     fit(module(), tmp_path, again, ckpt_path=tmp_path / "early.ckpt")
     assert again.keep == whole.keep and len(again.records) == 1
+
+
+def test_a_checkpoint_of_before_steps_were_counted_over_fits(tmp_path: Path) -> None:
+    whole, again = (ExpertPruning(calibration(), 0.5, method="ean", start=2) for _ in range(2))
+    fit(module(), tmp_path, whole, saver(tmp_path))
+    file = tmp_path / "step=4.ckpt"
+    checkpoint = torch.load(file, weights_only=False)
+    del checkpoint["callbacks"][whole.state_key]["step_at_round"]
+    torch.save(checkpoint, file)
+    fit(module(), tmp_path, again, ckpt_path=file)
+    assert records_of(again) == records_of(whole)

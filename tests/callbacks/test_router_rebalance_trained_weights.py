@@ -144,7 +144,7 @@ def test_a_note_says_what_rounding_loses(tmp_path: Path, lr: float, capsys: pyte
     run.fit(module, loader())
     moved = sum(int((weights.seen[-1][name] != before[name]).sum()) for name in should_learn(module, "routers"))
     left = sum(int((p != before[name]).sum()) for name, p in module.named_parameters())
-    note = f"of {moved:,} weights that learned, {moved - left:,} are as they were"
+    note = f"of {moved:,} weights that learned here, {moved - left:,} are as they were"
     assert (left < moved / 2) == (lr < 1e-3)
     assert (note in capsys.readouterr().out) == (lr < 1e-3)
 

@@ -87,6 +87,12 @@ def test_without_the_model_it_says_what_is_not_known(
     assert contents(tmp_path) == before
 
 
+def test_plans_without_a_common_layer(run: Commands, write: Callable[..., Path], tmp_path: Path) -> None:
+    plans = [write(name, PLANS[name]) for name in ("first", "second")]
+    said = run(*args(tmp_path / "out", *plans))
+    assert said.code == 2 and f"{plans[0]} and {plans[1]} name no layer in common" in said.err
+
+
 @pytest.mark.parametrize(
     ("keep", "more", "words"),
     [

@@ -159,3 +159,18 @@ def test_a_link_to_a_folder_goes_and_the_folder_stays(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("kept")
     remove(tmp_path / "link")
     assert [place.name for place in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+def test_what_cannot_be_removed_yet_hinders_no_later_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps files that are still mapped: the folder of an earlier removal lies there, and is not empty."""
+    gone, folder = tmp_path / ".work.gone", tmp_path / "work"
+    for one in (gone, folder):
+        one.mkdir()
+        (one / "file").touch()
+    stock = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **also: None if path == gone else stock(path, **also))
+        remove(folder)
+    assert [one.name for one in tmp_path.iterdir()] == [gone.name]
+    remove(folder)
+    assert not list(tmp_path.iterdir())

@@ -89,7 +89,7 @@ def test_what_is_learned_on_other_ranks_is_other_work(
     """A step takes a batch from each rank; what only adds up over the text is the same on any number of them."""
     stock, before = make_grid, rows_in(finished)
     with monkeypatch.context() as patch:
-        patch.setattr(measuring_commands, "make_grid", lambda *args: stock(*args[:7], 2, *args[8:]))
+        patch.setattr(measuring_commands, "make_grid", lambda *args, **also: stock(*args, **(also | {"ranks": 2})))
         _, rows = again()
     assert other(before, rows) == {
         ("ean", "lottery"), ("full", "tuned"), ("diep", "one-shot"), ("diep", "iterative"), ("diep", "lottery"),
