@@ -17,7 +17,7 @@ from lightning_moe.callbacks.batches import Batches, batches_of, num_tokens, pre
 from lightning_moe.callbacks.hf_checkpoint import HFCheckpoint
 from lightning_moe.callbacks.in_fit_cut import InFitCut, OptimizerChoice
 from lightning_moe.callbacks.in_fit_measure import in_fit_measure
-from lightning_moe.callbacks.round_log import RoundLog
+from lightning_moe.callbacks.round_log import RoundLog, state_of
 from lightning_moe.callbacks.round_trigger import RoundTrigger, Unit
 from lightning_moe.callbacks.scaled_rates import RoundCosine
 from lightning_moe.criteria import Direction
@@ -156,7 +156,8 @@ class ExpertPruning(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Not where a loop starts: with no step left the fit's never does, and the model is exported all the same.
-        state = checkpoint["callbacks"].get(self.state_key)
+        guests: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        state = state_of(self.state_key, checkpoint["callbacks"], [one.state_key for one in guests])
         if state is not None and state["whole"]:  # else it was saved before any fit
             self.load_state_dict(state)
             self._log.step = checkpoint["global_step"]
@@ -278,6 +279,8 @@ class ExpertPruning(Callback):
         )
         figures = {"experts": sum(map(len, keep.values())), "ratio": self.schedule.ratios[turn - 1]}
         figures |= {f"perplexity_{name}": one["perplexity"]["all"] for name, one in measured.items() if one}
+        said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        pl_module.print(f"ExpertPruning: round {turn} of {len(self.schedule)} at step {trainer.global_step}: {said}")
         named = {f"expert_pruning/{name}": value for name, value in figures.items()}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=trainer.global_step)

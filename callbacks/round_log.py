@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import LayerShape
 from lightning_moe.moe.ranks import rank
 from lightning_moe.pruning.round_record import RoundRecord, write_records
+
+
+def state_of(key: str, states: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any] | None:
+    """The state under ``key`` among those of a checkpoint's callbacks; None where it has none of that kind.
+
+    Raises ``InputError`` where there is one of that kind under another key that none of the fit's callbacks has: of
+    another method or ratio, say, by which a model that is cut would be taken for a whole one.
+    """
+    kind = key.partition("{")[0]
+    others = [one for one in states if one.startswith(f"{kind}{{") and one not in expected]
+    if key not in states and others:
+        raise InputError(
+            f"{kind}: the checkpoint is of {others[0]}, and this fit has {key}; go on with the former, or start a fit "
+            "from the model that was exported."
+        )
+    return states.get(key)
 
 
 class RoundLog:

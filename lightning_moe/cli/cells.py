@@ -85,7 +85,11 @@ class Comparison:
 
     def rows(self, grid: Sequence[Cell], say: Callable[[str], None]) -> list[dict[str, Any]]:
         """Every cell: found, or computed."""
-        rows = []
+        rows: list[dict[str, Any]] = []
+        found = [(cell, self._cells.get(cell.file_name)) for cell in grid]
+        other = [row for cell, row in found if row is not None and row["status"] == "done" and not cell.made(row)]
+        if other:
+            say(f"note: {len(other)} cells of other rounds, tuning or ranks are there, and made anew in their place.")
         for turn, cell in enumerate(grid, start=1):
             row = self._cells.get(cell.file_name)
             if row is None or row["status"] != "done" or not cell.made(row):

@@ -29,7 +29,7 @@ from lightning_moe.modules.causal_lm import MoECausalLM
 from lightning_moe.moe.checkpoints import layer_shapes
 from lightning_moe.pruning.schedule import check_rounds
 from lightning_moe.report.agreement import write_agreements
-from lightning_moe.report.comparison import spreads, with_gaps, write_csv
+from lightning_moe.report.comparison import FULL, spreads, with_gaps, write_csv
 from lightning_moe.report.comparison_table import show_comparison
 from lightning_moe.strategies import MoEFSDPStrategy
 
@@ -136,7 +136,7 @@ def compare(
 def _note_shares(rows: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
     """Where whole experts, or whole layers, do not come to the ratio."""
     whole = rows[0]["experts"]
-    cut = [row for row in rows[1:] if "plan" in row and "nonzero_parameters" not in row]
+    cut = [row for row in rows if row["method"] != FULL and "plan" in row and "nonzero_parameters" not in row]
     gone = {(row["method"], row["scope"], row["ratio"]): 1 - row["experts"] / whole for row in cut}
     other = [
         f"{method}, {scope}, {100 * ratio:g}%: {100 * share:.1f}%"

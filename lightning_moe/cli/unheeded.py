@@ -50,7 +50,7 @@ def refuse_other_tuning(
         )
     usual = {name: one.default for name, one in signature(MoECausalLM).parameters.items()}
     if model.lr != usual["lr"] and not lr_given:
-        raise InputError(f"--model.lr {model.lr:g}: the learning rate of the tuning is --finetune_lr; give that too.")
+        raise InputError(f"--model.lr {model.lr:g}: that of the tuning is --finetune_lr; give that instead.")
     for name in ("min_lr_ratio", "warmup_steps", "weight_decay", "betas"):
         value, used = getattr(model, name), tuning.get(name, usual[name])
         if value not in (usual[name], used):

@@ -233,3 +233,20 @@ def test_a_checkpoint_of_before_steps_were_counted_over_fits(tmp_path: Path) -> 
     torch.save(checkpoint, file)
     fit(module(), tmp_path, again, ckpt_path=file)
     assert records_of(again) == records_of(whole)
+
+
+@pytest.mark.parametrize("other", [{"method": "reap"}, {"ratio": 0.25}], ids=["method", "ratio"])
+def test_going_on_with_other_rounds_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    """The model of the checkpoint is cut, and would be taken for a whole one."""
+    settings: dict[str, Any] = {"ratio": 0.5, "method": "ean"}
+    fit(module(), tmp_path, ExpertPruning(calibration(), **settings), saver(tmp_path))
+    with pytest.raises(InputError, match=r"checkpoint is of ExpertPruning.*'ean'.*0\.5") as caught:
+        fit(module(), tmp_path, ExpertPruning(calibration(), **settings | other), ckpt_path=tmp_path / "step=4.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_for_each_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruning = ExpertPruning(calibration(), 0.5, [0.25, 0.5], "ean", start=1, every=2, evaluation=loader(1, seed=9))
+    fit(module(), tmp_path, pruning)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ExpertPruning: round ")]
+    assert len(lines) == 2 and lines[1].startswith("ExpertPruning: round 2 of 2 at step 3: experts 8, ratio 0.5, ")
