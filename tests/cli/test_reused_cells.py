@@ -76,7 +76,7 @@ def test_defaults_by_name_are_the_same_work(again: Make, finished: Path, same: t
 @pytest.mark.parametrize("change", [TIGHT, BY_VALUE, (*TIGHT, *BY_VALUE)])
 def test_other_clipping_is_other_tuning(again: Make, finished: Path, change: tuple[object, ...]) -> None:
     said, rows = again("--methods", "[ean]", *change)
-    assert "note: 2 cells of other rounds, tuning or ranks are there" in said
+    assert "note: 4 cells of other rounds, tuning or ranks are there" in said
     before = {key: row for key, row in rows_in(finished).items() if key[0] != "diep"}
     assert other(before, rows) == {("ean", "lottery"), ("full", "tuned")}
     for key, row in rows.items():
