@@ -189,13 +189,8 @@ def _is_exported(file: Path) -> bool:
 
 
 def _discard(export: Path) -> None:
-    """Remove an export, its record last: what a kill leaves of it is still known as ours."""
-    if export.is_symlink():
-        return  # we make none
-    for entry in export.glob("*"):
-        if entry.name != RECORD:
-            remove(entry)
-    remove(export)
+    if not export.is_symlink():  # we make none
+        remove(export)
 
 
 def checkpoint_identity(checkpoint: Path) -> str:

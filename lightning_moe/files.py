@@ -99,8 +99,8 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         with suppress(OSError):  # what was removed before is still there, as where NFS keeps files that are mapped
             path.replace(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-        shutil.rmtree(path, ignore_errors=True)
+        for one in (gone, path):
+            shutil.rmtree(one, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -85,14 +85,14 @@ class Comparison:
 
     def rows(self, grid: Sequence[Cell], say: Callable[[str], None]) -> list[dict[str, Any]]:
         """Every cell: found, or computed."""
-        rows: list[dict[str, Any]] = []
-        found = [(cell, self._cells.get(cell.file_name)) for cell in grid]
-        other = [row for cell, row in found if row is not None and row["status"] == "done" and not cell.made(row)]
+        rows = []
+        found = [self._cells.get(cell.file_name) for cell in grid]
+        done = [row if row is not None and row["status"] == "done" else None for row in found]
+        other = sum(row is not None and not cell.made(row) for cell, row in zip(grid, done, strict=True))
         if other:
-            say(f"note: {len(other)} cells of other rounds, tuning or ranks are there, and made anew in their place.")
-        for turn, cell in enumerate(grid, start=1):
-            row = self._cells.get(cell.file_name)
-            if row is None or row["status"] != "done" or not cell.made(row):
+            say(f"note: {other} cells of other rounds, tuning or ranks are there, and made anew in their place.")
+        for turn, (cell, row) in enumerate(zip(grid, done, strict=True), start=1):
+            if row is None or not cell.made(row):
                 row = self._computed(cell)
                 what = f"perplexity {row['perplexity']:.4g}" if row["status"] == "done" else f"failed: {row['reason']}"
                 say(f"{turn} of {len(grid)}: {cell.title}: {what}")
