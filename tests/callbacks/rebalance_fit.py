@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.router_losses import gate_entropy_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, record_routing
-from tests.callbacks.router_fit import loader, trainer, training_model
+from tests.callbacks.router_fit import loader, trainer
 from tests.helpers.families import VOCAB
+from tests.helpers.training_models import training_model
 
 
 class Foreign(LightningModule):

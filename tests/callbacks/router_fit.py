@@ -9,11 +9,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 
-from lightning_moe.moe.surgery import keep_experts
-from tests.helpers.families import VOCAB, tiny_model
-from tests.helpers.plans import non_uniform_plan
+from tests.helpers.families import VOCAB
 
 LENGTH = 12
 STEPS = 4
@@ -52,16 +49,6 @@ def trainer(folder: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
         callbacks=list(callbacks),
         **settings,
     )
-
-
-def training_model(family: str = "mixtral", pruned: bool = False, recompute: bool = False) -> PreTrainedModel:
-    model = tiny_model(family)
-    if pruned:
-        keep_experts(model, non_uniform_plan(model))
-    model.train()
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
 
 
 def traces(module: Any) -> dict[str, Any]:

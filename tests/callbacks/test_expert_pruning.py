@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from lightning_moe.callbacks import ExpertObservation, ExpertPruning
@@ -38,6 +37,7 @@ from tests.callbacks.foreign_fit import (
     steps_of,
     still,
 )
+from tests.callbacks.metric_logs import Logs
 from tests.helpers.families import tiny_batch
 
 FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"]
@@ -210,23 +210,6 @@ def test_direction(tmp_path: Path, direction: Any) -> None:
 # ---------------------------------------------------------------------------------------------- the records
 
 
-class Logs(Logger):
-    """Somebody's logger: keeps what it is given."""
-
-    name, version = "logs", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metrics: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:  # type: ignore[override]
-        if any(name.startswith("expert_pruning") for name in metrics):
-            self.metrics.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
 def test_records_say_what_happened(tmp_path: Path) -> None:
     model = small_model()
     sizes = [model.num_parameters()]
@@ -234,7 +217,7 @@ def test_records_say_what_happened(tmp_path: Path) -> None:
     pruning = ExpertPruning(
         calibration(), 0.5, 2, "ean", "global", at=[1, 3], evaluation=loader(2, seed=9), folder=tmp_path / "new" / "out"
     )
-    logs = Logs()
+    logs = Logs("expert_pruning")
     fit(Foreign(model), tmp_path, pruning, look, logger=logs, data=loader(5), log_every_n_steps=100)
     first, second = pruning.records
     assert [(one.round, one.ratio, one.method) for one in (first, second)] == [(1, 0.25, "ean"), (2, 0.5, "ean")]

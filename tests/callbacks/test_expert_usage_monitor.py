@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.errors import InputError
-from tests.callbacks.router_fit import LENGTH, STEPS, loader, traces, trainer, training_model
+from tests.callbacks.router_fit import LENGTH, STEPS, loader, traces, trainer
 from tests.callbacks.usage_fit import Foreign, figures_of, summed
 from tests.helpers.families import TOP_K, tiny_model
+from tests.helpers.training_models import training_model
 
 # ------------------------------------------------------------------------------------------- training
 

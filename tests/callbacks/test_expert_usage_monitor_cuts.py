@@ -16,9 +16,10 @@ from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.routing import mask_plan
 from lightning_moe.moe.surgery import keep_experts
-from tests.callbacks.router_fit import LENGTH, STEPS, loader, trainer, training_model
+from tests.callbacks.router_fit import LENGTH, STEPS, loader, trainer
 from tests.callbacks.usage_fit import Counts, Foreign, summed
 from tests.helpers.families import TOP_K, tiny_batch
+from tests.helpers.training_models import training_model
 
 KEEP = {"model.layers.0.mlp": [1, 2, 4, 7], "model.layers.1.mlp": list(range(8))}
 """The second layer is spared, as by a round of global scope."""

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.stats.usage import FIGURES, load_figures
-from tests.callbacks.router_fit import STEPS, Windows, loader, trainer, training_model
+from tests.callbacks.router_fit import STEPS, Windows, loader, trainer
 from tests.callbacks.usage_fit import Foreign, summed
+from tests.helpers.training_models import training_model
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -7,35 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 
 from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.callbacks.usage_panels import MOST_BARS, load_before_and_after
 from lightning_moe.stats.usage import mean_load
-from tests.callbacks.router_fit import STEPS, loader, trainer, training_model
+from tests.callbacks.metric_logs import Logs
+from tests.callbacks.router_fit import STEPS, loader, trainer
 from tests.callbacks.usage_fit import Foreign, figures_of, summed
+from tests.helpers.training_models import training_model
 
 
-class Logs(Logger):
-    """Somebody's logger: keeps what it is given."""
-
-    name, version = "logs", 0
-
+class UsageLogs(Logs):
     def __init__(self) -> None:
-        super().__init__()
-        self.metrics: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:  # type: ignore[override]
-        own = {name: float(value) for name, value in metrics.items() if name.startswith("expert_usage")}
-        if own:
-            self.metrics.append((step, own))
+        super().__init__("expert_usage")
 
     def under(self, prefix: str) -> list[dict[str, float]]:
         return [metrics for _, metrics in self.metrics if all(name.startswith(f"{prefix}/") for name in metrics)]
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 # --------------------------------------------------------------------------------------------- logging
@@ -43,7 +32,7 @@ class Logs(Logger):
 
 def test_what_is_logged(tmp_path: Path) -> None:
     """The figures of every look, of each layer and over all, and nothing else."""
-    logs, module, monitor = Logs(), Foreign(training_model(pruned=True)), ExpertUsageMonitor(every_n_steps=1)
+    logs, module, monitor = UsageLogs(), Foreign(training_model(pruned=True)), ExpertUsageMonitor(every_n_steps=1)
     run = trainer(tmp_path, monitor, logger=logs, log_every_n_steps=1)
     run.fit(module, loader(), loader(seed=1))
     trained = logs.under("expert_usage")
@@ -61,7 +50,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
 
 def test_every_look_reaches_the_logger(tmp_path: Path) -> None:
     """Also where the trainer logs less often than we look, as it does by default, every 50 steps."""
-    logs, monitor = Logs(), ExpertUsageMonitor(every_n_steps=2)
+    logs, monitor = UsageLogs(), ExpertUsageMonitor(every_n_steps=2)
     trainer(tmp_path, monitor, logger=logs).fit(Foreign(training_model()), loader())
     found = logs.under("expert_usage")
     assert len(found) == len(monitor.looks) == STEPS // 2
@@ -90,7 +79,7 @@ class Board:
         self.figures.append((tag, figure, global_step))
 
 
-class TakesFigures(Logs):
+class TakesFigures(UsageLogs):
     def __init__(self) -> None:
         super().__init__()
         self.board = Board()
@@ -100,7 +89,7 @@ class TakesFigures(Logs):
         return self.board
 
 
-class TakesImages(Logs):
+class TakesImages(UsageLogs):
     def __init__(self) -> None:
         super().__init__()
         self.images: list[tuple[str, Any, int]] = []
@@ -120,7 +109,7 @@ def test_loggers_get_the_figure(tmp_path: Path, validate: bool) -> None:
     board, images = TakesFigures(), TakesImages()
     monitor = ExpertUsageMonitor(every_n_steps=1)
     loaders = (loader(seed=1),) if validate else ()
-    run = trainer(tmp_path, monitor, logger=[board, images, Logs()], max_epochs=2)
+    run = trainer(tmp_path, monitor, logger=[board, images, UsageLogs()], max_epochs=2)
     run.fit(Foreign(training_model()), loader(), *loaders)
     [(tag, figure, step)] = board.board.figures
     assert (tag, step) == ("expert_usage/before_and_after", 2 * STEPS)

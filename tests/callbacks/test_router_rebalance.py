@@ -17,8 +17,9 @@ from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.router_losses import gate_entropy_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, record_routing
 from tests.callbacks.rebalance_fit import ByHand, Foreign, Gradients, assert_differ, assert_same, gradients
-from tests.callbacks.router_fit import loader, traces, trainer, training_model
+from tests.callbacks.router_fit import loader, traces, trainer
 from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.training_models import training_model
 
 # ---------------------------------------------------------------------------------------------- losses
 

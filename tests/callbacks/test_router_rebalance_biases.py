@@ -10,7 +10,8 @@ import torch
 from lightning_moe.callbacks.router_rebalance import RouterRebalance
 from lightning_moe.moe.layers import find_moe_layers
 from tests.callbacks.rebalance_fit import ByHand, CountsBiases, Foreign, assert_differ, assert_same, gradients
-from tests.callbacks.router_fit import loader, trainer, training_model
+from tests.callbacks.router_fit import loader, trainer
+from tests.helpers.training_models import training_model
 
 WITH_BIASES = ["deepseek_v3", "ernie4_5_moe"]
 

@@ -15,8 +15,9 @@ from lightning_moe.moe.layers import find_moe_layers
 from lightning_moe.moe.router_losses import gate_entropy_loss
 from lightning_moe.moe.routing import Routing, record_routing
 from tests.callbacks.rebalance_fit import Foreign
-from tests.callbacks.router_fit import loader, trainer, training_model
+from tests.callbacks.router_fit import loader, trainer
 from tests.helpers.families import tiny_model
+from tests.helpers.training_models import training_model
 
 
 def slow_cv(model: PreTrainedModel) -> float:

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_moe.callbacks.expert_usage_monitor import ExpertUsageMonitor
 from lightning_moe.callbacks.router_rebalance import RouterRebalance
 from tests.callbacks.rebalance_fit import CountsBiases, Late
-from tests.callbacks.router_fit import loader, trainer, training_model
+from tests.callbacks.router_fit import loader, trainer
+from tests.helpers.training_models import training_model
 
 
 class WritesRank(Callback):

@@ -15,8 +15,9 @@ from lightning_moe.callbacks.router_rebalance import RouterRebalance, trained_pa
 from lightning_moe.errors import InputError
 from lightning_moe.moe.layers import find_moe_layers
 from tests.callbacks.rebalance_fit import Foreign, Late
-from tests.callbacks.router_fit import loader, traces, trainer, training_model
+from tests.callbacks.router_fit import loader, traces, trainer
 from tests.helpers.families import FAMILIES, tiny_model
+from tests.helpers.training_models import training_model
 
 
 class Decayed(Foreign):

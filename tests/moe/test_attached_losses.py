@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 from lightning_moe.moe.layers import MoELayer, find_moe_layers
 from lightning_moe.moe.router_losses import attach_loss, load_balance_loss, router_z_loss
 from lightning_moe.moe.routing import Routing, record_routing, rewrite_weights
-from lightning_moe.moe.surgery import keep_experts
-from tests.helpers.families import FAMILIES, tiny_batch, tiny_model
-from tests.helpers.plans import non_uniform_plan
+from tests.helpers.families import FAMILIES, tiny_batch
+from tests.helpers.training_models import training_model
 
 SCALE = 0.3
 
@@ -29,15 +28,6 @@ def auxiliary(layers: Sequence[MoELayer], routing: Routing) -> Tensor:
     return (load_balance_loss(routing) + 0.1 * router_z_loss(routing)) / len(layers)
 
 
-def training_model(family: str, recompute: bool) -> PreTrainedModel:
-    model = tiny_model(family)
-    keep_experts(model, non_uniform_plan(model))
-    model.train()
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -47,7 +37,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 def test_an_attached_loss_trains_as_one_that_is_added(family: str, recompute: bool) -> None:
     """Bit by bit the same forward, and the gradients of ``loss + scale * auxiliary`` for every weight."""
     ids = tiny_batch(length=12)
-    added, attached = training_model(family, recompute), training_model(family, recompute)
+    added, attached = training_model(family, True, recompute), training_model(family, True, recompute)
     layers, routings = find_moe_layers(added), []
     with record_routing(layers, lambda _, routing: routings.append(routing)):
         loss = step_loss(added, ids)
@@ -64,7 +54,7 @@ def test_an_attached_loss_trains_as_one_that_is_added(family: str, recompute: bo
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
-    plain = training_model(family, recompute)  # the auxiliary loss is really in it
+    plain = training_model(family, True, recompute)  # the auxiliary loss is really in it
     step_loss(plain, ids).backward()
     for layer, bare in zip(own, find_moe_layers(plain), strict=True):
         assert not torch.allclose(layer.router_weight.grad, bare.router_weight.grad, rtol=1e-2, atol=0)
@@ -74,7 +64,7 @@ def test_an_attached_loss_trains_as_one_that_is_added(family: str, recompute: bo
 def test_an_attached_loss_suits_every_way_to_run_experts(implementation: str) -> None:
     found = []
     for attach in (False, True):
-        model = training_model("mixtral", recompute=False)
+        model = training_model("mixtral", pruned=True)
         model.set_experts_implementation(implementation)
         layers, ids = find_moe_layers(model), tiny_batch(length=12)
         if attach:
